@@ -1,0 +1,974 @@
+"""OMAD: online multi-agent reinforcement learning with diffusion policies, in one file.
+
+    python omad.py --env-id mpe_simple_spread              # learns on a laptop CPU within minutes
+    python omad.py --evaluate runs/<run>                   # mean and std of the return of a saved run
+    python omad.py --resume runs/<run>                     # goes on after a crash, as if it had not happened
+    tensorboard --logdir runs                              # watch it
+
+Method: "Diffusing to Coordinate: Efficient Online Multi-Agent Diffusion Policies", arXiv 2602.18291, equations [OMAD ...].
+Where that paper leaves a choice open, the single-agent method it extends decides: "DIME: Diffusion-Based Maximum Entropy
+Reinforcement Learning", arXiv 2502.02316, [DIME ...]. Equation labels without a number are ours. Our own choices are marked
+[deviation Dn]; README.md lists every one with its reason.
+
+In five sentences. Every agent turns Gaussian noise into an action by a few denoising steps that see only its own observation.
+The likelihood of such an action is intractable, so the joint entropy is replaced by a lower bound, a sum over agents of path
+costs C_i. One centralised distributional critic learns the return plus that entropy bonus. All agents are updated at once, by
+the gradient of that critic through all denoising steps. The weight of the bonus, the temperature alpha, tunes itself.
+
+Shape letters: B batch, N agents, O observation, A action, S joint state, K denoising steps, Q critics, Z atoms, H hidden,
+E environments. Agents are a tensor dimension everywhere: nothing loops over them. Sizes O and A are those of the largest
+agent; smaller ones are padded, and masks keep the padding out of every sum.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import importlib.metadata
+import io
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+
+from common.envs import TASKS, TeamEnv, UnknownTask, check_task, make_env, make_vec
+
+# ============================================================================================================================
+# 1. Arguments
+# ============================================================================================================================
+
+RunDir = Annotated[str, tyro.conf.arg(metavar="RUN_DIR")]
+
+
+@dataclass(frozen=True)
+class Args:
+    """OMAD: online multi-agent RL with diffusion policies. Defaults are those of the chosen task."""
+
+    # --- the run ---
+    env_id: str = "mpe_simple_spread"
+    """the task; README.md lists them"""
+    seed: int = 1
+    """seed of everything random: networks, environments, noise, replay"""
+    total_timesteps: int = 3_000_000
+    """environment steps, all environments together"""
+    num_envs: int = 1
+    """environments stepped side by side"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where networks and replay live; auto: cuda if there is one"""
+    torch_threads: int = 1
+    """CPU threads for torch; one is fastest at the widths of the MPE presets, 0 leaves torch's own choice"""
+    eval_every: int = 50_000
+    """environment steps between evaluations; each also writes the checkpoint"""
+    eval_episodes: int = 10
+    """episodes per evaluation, one environment each"""
+    run_dir: str = "runs"
+    """folder in which the run's own directory is made"""
+    resume: RunDir = ""
+    """go on with the run in this directory; of the other flags, only those that do not change its course are allowed"""
+    evaluate: RunDir = ""
+    """only evaluate the run in this directory"""
+    capture_video: bool = False
+    """write a video of the final policy (at the end of training, or with --evaluate) to RUN_DIR/videos"""
+
+    # --- off-policy learning ---
+    learning_starts: int = 5_000
+    """environment steps with uniformly random actions before the first update"""
+    buffer_size: int = 1_000_000
+    """transitions kept for replay"""
+    batch_size: int = 256
+    """transitions per update"""
+    gamma: float = 0.99
+    """discount factor"""
+    updates_per_step: float = 2.0
+    """critic updates per environment step (update-to-data ratio)"""
+    policy_frequency: int = 3
+    """critic updates per update of the policies and the temperature"""
+    policy_lr: float = 3e-4
+    """learning rate of the policies"""
+    q_lr: float = 3e-4
+    """learning rate of the critics"""
+    adam_beta1: float = 0.5
+    """beta_1 of Adam, for policies and critics"""
+
+    # --- policies ---
+    policy: Literal["diffusion", "gaussian"] = "diffusion"
+    """diffusion: the method; gaussian: a squashed Gaussian with exact entropy, all else equal (the ablation)"""
+    denoising_steps: int = 8
+    """K, steps from noise to action"""
+    policy_hidden: int = 256
+    """width H of each agent's network"""
+    policy_grad_clip: float = 1.0
+    """element-wise bound on the policies' gradients"""
+
+    # --- critic ---
+    critic_hidden: int = 2048
+    """width of each critic"""
+    num_atoms: int = 100
+    """Z, atoms of the return distribution"""
+    v_min: float = -1000.0
+    """smallest representable return"""
+    v_max: float = 1000.0
+    """largest representable return; must exceed the largest discounted return with entropy bonus"""
+    critic_entropy_coef: float = 0.005
+    """weight of the bonus on the entropy of the predicted return distribution"""
+    bn_momentum: float = 0.99
+    """momentum of the batch renormalisation's running statistics"""
+    bn_warmup: int = 100_000
+    """critic updates with plain batch normalisation before renormalisation sets in"""
+    target_networks: bool = False
+    """slowly averaged target critics instead of the joint forward pass without them"""
+    tau: float = 0.005
+    """averaging rate of the target critics (with --target-networks)"""
+
+    # --- temperature ---
+    alpha: float = 1.0
+    """start value of the temperature; its fixed value with --no-autotune"""
+    autotune: bool = True
+    """tune the temperature automatically"""
+    alpha_lr: float = 1e-3
+    """learning rate of log alpha"""
+    target_entropy_scale: float = 4.0
+    """the entropy target is this times the joint action dimension, compared with the running cost [OMAD temperature]"""
+
+
+LIMITS = {  # smallest and largest value allowed
+    "seed": (0, 2**31 - 1), "total_timesteps": (1, math.inf), "num_envs": (1, 4096), "torch_threads": (0, 4096),
+    "eval_every": (1, math.inf), "eval_episodes": (1, 4096), "learning_starts": (0, math.inf), "buffer_size": (1, math.inf),
+    "batch_size": (2, math.inf), "gamma": (0.0, 1.0), "updates_per_step": (1e-4, 1e3), "policy_frequency": (1, 10**6),
+    "policy_lr": (1e-12, math.inf), "q_lr": (1e-12, math.inf), "adam_beta1": (0.0, 0.9999), "denoising_steps": (1, 1000),
+    "policy_hidden": (1, 10**5), "policy_grad_clip": (1e-12, math.inf), "critic_hidden": (1, 10**5), "num_atoms": (2, 10**5),
+    "v_min": (-1e9, 1e9), "v_max": (-1e9, 1e9), "critic_entropy_coef": (0.0, 1e3), "bn_momentum": (0.0, 1.0),
+    "bn_warmup": (0, math.inf), "tau": (0.0, 1.0), "alpha": (1e-12, 1e6), "alpha_lr": (1e-12, math.inf),
+    "target_entropy_scale": (-1e3, 1e3),
+}  # fmt: skip
+
+# [deviation D1] MPE presets suit a laptop CPU: smaller networks, fewer updates per step, a support and a discount for 25-step
+# episodes. The README gives the reason for every value.
+MPE = dict(
+    total_timesteps=400_000, num_envs=8, eval_every=20_000, eval_episodes=100, learning_starts=2_000, gamma=0.95,
+    updates_per_step=0.25, policy_hidden=64, critic_hidden=128, v_min=-30.0, v_max=10.0, bn_warmup=5_000, alpha=0.1,
+)  # fmt: skip
+PRESETS: dict[str, dict] = {env_id: MPE for env_id in TASKS}
+
+# ============================================================================================================================
+# 2. Policy
+# ============================================================================================================================
+
+
+class ParallelLinear(nn.Module):
+    """N independent linear layers, one per agent (or critic), as one batched product: x [N, B, in] -> [N, B, out].
+
+    `fan_in` [N], default `in`: how many inputs are real, for LeCun-normal initialisation when agents are padded to one size.
+    """
+
+    def __init__(self, n: int, n_in: int, n_out: int, fan_in: Tensor | None = None):
+        super().__init__()
+        std = (torch.full([n], n_in) if fan_in is None else fan_in).float().rsqrt()
+        self.weight = nn.Parameter(torch.randn(n, n_in, n_out) * std[:, None, None])
+        self.bias = nn.Parameter(torch.zeros(n, 1, n_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.baddbmm(self.bias, x, self.weight)
+
+
+class DiffusionPolicy(nn.Module):
+    """N independent diffusion policies pi_i(a_i | o_i), each a learned stochastic differential equation [OMAD policy].
+
+    Each agent starts from x_0 ~ N(0, 2.5^2 I) and takes K Euler-Maruyama steps towards its action a = tanh(x_K), with its own
+    score network u, step size and per-dimension friction, all learned.
+
+    Args:
+        obs_mask: [N, O] bool, which observation entries are real.
+        action_mask: [N, A] bool, which action entries are real.
+        hidden: width H of the score networks.
+        steps: K.
+    """
+
+    INIT_STD = 2.5  # standard deviation of x_0 [DIME]
+
+    def __init__(self, obs_mask: Tensor, action_mask: Tensor, hidden: int, steps: int):
+        super().__init__()
+        n, o = obs_mask.shape
+        a = action_mask.shape[1]
+        self.steps = steps
+        self.register_buffer("obs_mask", obs_mask.float(), persistent=False)
+        self.register_buffer("action_mask", action_mask.float()[:, None], persistent=False)  # [N, 1, A]
+        t = (steps - torch.arange(steps)) / steps
+        schedule = 0.999 * torch.cos(math.pi / 2 * (1.008 - t) / 1.008) ** 2 + 0.001  # large first, tiny last [DIME schedule]
+        self.register_buffer("schedule", schedule[:, None, None, None], persistent=False)  # [K, 1, 1, 1]
+        self.rho_dt = nn.Parameter(torch.full([n, 1, 1], _inverse_softplus(0.1)))
+        self.rho_friction = nn.Parameter(torch.full([n, 1, a], _inverse_softplus(1.0)))
+        # Time embedding of the integer step: Fourier features with a learned phase, then a small network.
+        self.register_buffer("frequency", torch.linspace(0.1, 100.0, hidden)[None, None], persistent=False)
+        self.phase = nn.Parameter(torch.zeros(n, 1, hidden))
+        self.time1, self.time2 = ParallelLinear(n, 2 * hidden, hidden), ParallelLinear(n, hidden, hidden)
+        # The first layer acts on [x, o, time]. It is kept as three blocks of one matrix, because the observation's share is the
+        # same at every step and the time's share the same for every row: both are computed once per chain.
+        fan_in = action_mask.sum(1) + obs_mask.sum(1) + hidden
+        self.in_x, self.in_obs, self.in_time = (ParallelLinear(n, size, hidden, fan_in) for size in (a, o, hidden))
+        self.hidden1, self.hidden2, self.out = (ParallelLinear(n, hidden, size) for size in (hidden, hidden, a))
+        nn.init.normal_(self.out.weight, std=1e-4)  # "near zero": the chain starts as pure noise [DIME]
+
+    def noise(self, batch: int, generator: torch.Generator) -> Tensor:
+        """All the randomness of one chain: [K + 1, B, N, A] standard normal numbers."""
+        n, _, a = self.action_mask.shape
+        return torch.randn(self.steps + 1, batch, n, a, generator=generator, device=generator.device)
+
+    def forward(self, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One chain for every agent. obs [B, N, O], noise from `noise` -> action [B, N, A], run [B, N], term [B, N].
+
+        C_i = run_i + term_i is the path cost: E[C_i] >= -H(pi_i), so -E[C_i] is the entropy bound [OMAD entropy bound].
+        """
+        obs = (obs * self.obs_mask).transpose(0, 1)  # [B, N, O] -> [N, B, O]
+        noise = noise.transpose(1, 2) * self.action_mask  # [K + 1, N, B, A]
+        eta = F.softplus(self.rho_dt) * self.schedule / F.softplus(self.rho_friction)  # [K, N, 1, A]
+        n = torch.arange(self.steps, device=obs.device)[:, None]  # [K, 1]
+        angle = self.frequency * n + self.phase  # [N, K, H]
+        time = self.time2(F.gelu(self.time1(torch.cat([angle.sin(), angle.cos()], -1))))  # [N, K, H]
+        from_time = self.in_time(time).transpose(0, 1).unsqueeze(2)  # [K, N, 1, H]
+        from_obs = self.in_obs(obs)  # [N, B, H]
+
+        # x_{n+1} = mu_n + sqrt(2 eta_n) noise with mu_n = x_n + eta_n (-x_n / 2.5^2 + u(x_n, o, n))  [OMAD chain]
+        decay, masked_eta = 1 - eta / self.INIT_STD**2, eta * self.action_mask  # [K, N, 1, A]
+        kick = (2 * eta).sqrt() * noise[1:]  # [K, N, B, A]
+        x = self.INIT_STD * noise[0]  # [N, B, A]
+        chain = [x]
+        for k in range(self.steps):
+            h = F.gelu(self.in_x(x) + from_obs + from_time[k])
+            u = self.out(F.gelu(self.hidden2(F.gelu(self.hidden1(h)))))
+            x = torch.addcmul(torch.addcmul(kick[k], decay[k], x), masked_eta[k], u)
+            chain.append(x)
+
+        # log w = sum_n log N(x_n; nu_n, 2 eta_n) - log N(x_{n+1}; mu_n, 2 eta_n). The normalisers cancel, and x_{n+1} - mu_n is
+        # sqrt(2 eta_n) times the noise, so the second term is -noise^2 / 2 exactly.
+        x_n, x_next = torch.stack(chain[:-1]), torch.stack(chain[1:])  # [K, N, B, A]
+        nu = x_next * decay
+        log_w = (noise[1:] ** 2 / 2 - (x_n - nu) ** 2 / (4 * eta)).sum(0)  # [N, B, A]
+        run = -(log_w + _log_tanh_derivative(x)) * self.action_mask  # [OMAD run]
+        term = (-(noise[0] ** 2) / 2 - math.log(self.INIT_STD) - 0.5 * math.log(2 * math.pi)) * self.action_mask  # [OMAD term]
+        return torch.tanh(x).transpose(0, 1), run.sum(-1).T, term.sum(-1).T
+
+
+class GaussianPolicy(nn.Module):
+    """N independent squashed Gaussian policies behind the interface of `DiffusionPolicy`: the ablation.
+
+    C_i = log pi_i(a_i | o_i) is exact. It is split into run + term with term = E[log N(x_0; 0, 2.5^2 I)], the constant that the
+    diffusion policy's term has on average, so that the temperature's target on `run` asks both for the same entropy.
+    """
+
+    LOG_STD = (-5.0, 2.0)
+
+    def __init__(self, obs_mask: Tensor, action_mask: Tensor, hidden: int, steps: int = 0):
+        super().__init__()
+        n, o = obs_mask.shape
+        a = action_mask.shape[1]
+        self.register_buffer("obs_mask", obs_mask.float(), persistent=False)
+        self.register_buffer("action_mask", action_mask.float()[:, None], persistent=False)  # [N, 1, A]
+        self.in_obs = ParallelLinear(n, o, hidden, obs_mask.sum(1))
+        self.hidden1, self.hidden2, self.out = (ParallelLinear(n, hidden, size) for size in (hidden, hidden, 2 * a))
+        nn.init.normal_(self.out.weight, std=1e-4)
+
+    def noise(self, batch: int, generator: torch.Generator) -> Tensor:
+        """[B, N, A] standard normal numbers."""
+        n, _, a = self.action_mask.shape
+        return torch.randn(batch, n, a, generator=generator, device=generator.device)
+
+    def forward(self, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """obs [B, N, O], noise [B, N, A] -> action [B, N, A], run [B, N], term [B, N]; run + term = log pi."""
+        obs, noise = (obs * self.obs_mask).transpose(0, 1), noise.transpose(0, 1)  # [N, B, ...]
+        h = F.gelu(self.hidden2(F.gelu(self.hidden1(F.gelu(self.in_obs(obs))))))
+        mean, log_std = self.out(h).chunk(2, -1)  # [N, B, A]
+        low, high = self.LOG_STD
+        log_std = low + 0.5 * (high - low) * (torch.tanh(log_std) + 1)
+        x = (mean + log_std.exp() * noise) * self.action_mask
+        log_pi = -(noise**2) / 2 - log_std - 0.5 * math.log(2 * math.pi) - _log_tanh_derivative(x)  # [N, B, A]
+        term = -0.5 - math.log(DiffusionPolicy.INIT_STD) - 0.5 * math.log(2 * math.pi)
+        run = ((log_pi - term) * self.action_mask).sum(-1)
+        return torch.tanh(x).transpose(0, 1), run.T, (term * self.action_mask.sum(-1)).expand_as(run).T
+
+
+def _inverse_softplus(y: float) -> float:
+    return math.log(math.expm1(y))
+
+
+def _log_tanh_derivative(x: Tensor) -> Tensor:
+    """log(1 - tanh(x)^2), in the form that does not overflow."""
+    return 2 * (math.log(2) - x - F.softplus(-2 * x))
+
+
+# ============================================================================================================================
+# 3. Critic
+# ============================================================================================================================
+
+
+class BatchRenorm(nn.Module):
+    """Batch renormalisation of x [Q, B, D] over B, with statistics for each of the Q networks (arXiv 1702.03275; CrossQ).
+
+    In training mode it normalises with the batch's statistics, corrected (without gradient) towards the running ones; during
+    the first `warmup` calls it is plain batch normalisation. In evaluation mode it uses the running statistics.
+    """
+
+    R_MAX, D_MAX, EPS = 3.0, 5.0, 1e-3
+
+    def __init__(self, critics: int, size: int, momentum: float, warmup: int):
+        super().__init__()
+        self.momentum, self.warmup = momentum, warmup
+        self.scale = nn.Parameter(torch.ones(critics, 1, size))
+        self.shift = nn.Parameter(torch.zeros(critics, 1, size))
+        self.register_buffer("mean", torch.zeros(critics, 1, size))
+        self.register_buffer("var", torch.ones(critics, 1, size))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        running_std = (self.var + self.EPS).sqrt()
+        if not self.training:
+            return torch.addcmul(self.shift - self.mean * self.scale / running_std, x, self.scale / running_std)
+        mean = x.mean(dim=1, keepdim=True)  # [Q, 1, D]
+        centred = x - mean
+        var = (centred**2).mean(dim=1, keepdim=True)
+        std = (var + self.EPS).sqrt()
+        with torch.no_grad():
+            warm = self.calls >= self.warmup
+            r = torch.where(warm, (std / running_std).clamp(1 / self.R_MAX, self.R_MAX), 1.0)
+            d = torch.where(warm, ((mean - self.mean) / running_std).clamp(-self.D_MAX, self.D_MAX), 0.0)
+            self.mean.lerp_(mean, 1 - self.momentum)
+            self.var.lerp_(var, 1 - self.momentum)
+            self.calls += 1
+        return torch.addcmul(self.shift + self.scale * d, centred, self.scale * r / std)
+
+
+class Critic(nn.Module):
+    """Two centralised distributional critics Z_k(s, a_1..a_N): (state [B, S], action [B, N, A]) -> logits [Q, B, Z].
+
+    The networks are a tensor dimension too. Batch renormalisation stands before the first layer and after each activation.
+    """
+
+    def __init__(self, state_size: int, action_mask: Tensor, args: Args):
+        super().__init__()
+        self.register_buffer("real", action_mask.flatten().nonzero().flatten(), persistent=False)  # real entries of [N * A]
+        n_in = state_size + len(self.real)
+        norm = lambda size: BatchRenorm(2, size, args.bn_momentum, args.bn_warmup)
+        self.norm0, self.layer1 = norm(n_in), ParallelLinear(2, n_in, args.critic_hidden)
+        self.norm1, self.layer2 = norm(args.critic_hidden), ParallelLinear(2, args.critic_hidden, args.critic_hidden)
+        self.norm2, self.out = norm(args.critic_hidden), ParallelLinear(2, args.critic_hidden, args.num_atoms)
+        self.register_buffer("atoms", torch.linspace(args.v_min, args.v_max, args.num_atoms), persistent=False)  # [Z]
+
+    def forward(self, state: Tensor, action: Tensor) -> Tensor:
+        x = torch.cat([state, action.flatten(1)[:, self.real]], -1).expand(2, -1, -1)  # [Q, B, S + actions]
+        x = self.norm1(F.relu(self.layer1(self.norm0(x))))
+        x = self.norm2(F.relu(self.layer2(x)))
+        return self.out(x)
+
+    def value(self, logits: Tensor) -> Tensor:
+        """Expected return: logits [Q, B, Z] -> [Q, B]."""
+        return F.softmax(logits, -1) @ self.atoms
+
+
+# ============================================================================================================================
+# 4. Losses
+# ============================================================================================================================
+
+Logs = dict[str, Tensor]
+
+
+def project(probs: Tensor, shifted: Tensor, atoms: Tensor) -> Tensor:
+    """Moves the mass `probs` [B, Z] at places `shifted` [B, Z] onto the evenly spaced `atoms` [Z], keeping mass and mean [C51].
+
+    Places outside the support are clipped to its ends.
+    """
+    step = (atoms[-1] - atoms[0]) / (len(atoms) - 1)
+    place = ((shifted.clamp(atoms[0], atoms[-1]) - atoms[0]) / step).clamp(0, len(atoms) - 1)  # in units of atoms
+    lower = place.floor().clamp(max=len(atoms) - 2)
+    share = place - lower  # of the upper neighbour
+    index = lower.long()
+    return torch.zeros_like(probs).scatter_add_(-1, index, probs * (1 - share)).scatter_add_(-1, index + 1, probs * share)
+
+
+def critic_loss(critic: Critic, target: Critic | None, policy: nn.Module, alpha: Tensor, batch: dict[str, Tensor],
+                noise: Tensor, args: Args) -> tuple[Tensor, Logs]:  # fmt: skip
+    """Cross-entropy to the entropy-regularised distributional target [OMAD critic].
+
+    target distribution: r + gamma (1 - terminated) (z_j - alpha sum_i C_i(o'_i)), projected, averaged over the two critics.
+    A truncated step is not terminated: its target bootstraps from the true final observation.
+    Without a target network, (s, a) and (s', a') pass through the critic as one batch, so that the batch statistics are those
+    of both [CrossQ].
+    """
+    with torch.no_grad():
+        next_action, run, term = policy(batch["next_obs"], noise)
+        path_cost = (run + term).sum(1, keepdim=True)  # sum_i C_i [B, 1]
+    if target is None:
+        state = torch.cat([batch["state"], batch["next_state"]])
+        logits, next_logits = critic(state, torch.cat([batch["action"], next_action])).chunk(2, dim=1)  # [Q, B, Z] each
+    else:
+        logits = critic(batch["state"], batch["action"])
+        with torch.no_grad():
+            next_logits = target(batch["next_state"], next_action)
+    with torch.no_grad():
+        discount = args.gamma * (1 - batch["terminated"])[:, None]  # [B, 1]
+        shifted = batch["reward"][:, None] + discount * (critic.atoms - alpha * path_cost)  # [B, Z]
+        goal = project(F.softmax(next_logits, -1).mean(0), shifted, critic.atoms)  # the mean commutes with the projection
+    log_probs = F.log_softmax(logits, -1)
+    probs = log_probs.exp()
+    cross_entropy = -(goal * log_probs).sum(-1).mean(-1)  # [Q]
+    negative_entropy = (probs * log_probs).sum(-1).mean(-1)  # [Q]
+    loss = (cross_entropy + args.critic_entropy_coef * negative_entropy).sum()
+    with torch.no_grad():
+        value = probs @ critic.atoms  # [Q, B]
+        logs = {
+            "losses/critic": loss,
+            "diag/value": value.mean(),
+            "diag/critic_disagreement": (value[0] - value[1]).abs().mean(),
+            "diag/target_mass_at_ends": (goal[:, 0] + goal[:, -1]).mean(),
+        }
+    return loss, logs
+
+
+def policy_loss(critic: Critic, policy: nn.Module, alpha: Tensor, batch: dict[str, Tensor], noise: Tensor) -> tuple[Tensor, Logs, Tensor]:
+    """One simultaneous step for all agents: E[-mean_k E[Z_k(s, a_1..a_N)] + alpha sum_i C_i] [OMAD policies].
+
+    The gradient runs through the critic (in evaluation mode, held fixed) and the whole denoising chain. Also returns
+    sum_i run_i [B], which the temperature needs.
+    """
+    action, run, term = policy(batch["obs"], noise)
+    value = critic.value(critic(batch["state"], action)).mean(0)  # [B]
+    path_cost = (run + term).sum(1)  # [B]
+    loss = (alpha * path_cost - value).mean()
+    with torch.no_grad():
+        logs = {
+            "losses/policy": loss,
+            "diag/entropy_bound": -path_cost.mean(),
+            "diag/action_saturation": (action.abs() > 0.99).float().mean(),
+        }
+    return loss, logs, run.detach().sum(1)
+
+
+def temperature_loss(log_alpha: Tensor, run: Tensor, target: float) -> tuple[Tensor, Logs]:
+    """-alpha (E[sum_i run_i] - target), target = 4 dim(A): too little noise (a large run) raises alpha [OMAD temperature]."""
+    loss = -log_alpha.exp() * (run.mean() - target)
+    return loss, {"losses/temperature": loss.detach(), "diag/run": run.mean(), "diag/alpha": log_alpha.detach().exp()}
+
+
+# ============================================================================================================================
+# 5. Training loop
+# ============================================================================================================================
+
+
+class Replay:
+    """A ring of the last `capacity` transitions, as tensors on the device."""
+
+    def __init__(self, env: TeamEnv, capacity: int, device: torch.device):
+        obs, action = env.obs_mask.shape, env.action_mask.shape
+        shapes = dict(obs=obs, next_obs=obs, state=(env.state_size,), next_state=(env.state_size,), action=action, reward=(), terminated=())
+        self.data = {name: torch.zeros(capacity, *shape, device=device) for name, shape in shapes.items()}
+        self.capacity, self.added, self.device = capacity, 0, device
+
+    def add(self, **rows: np.ndarray) -> None:
+        """Appends E transitions, given as arrays [E, ...] under the names of `data`."""
+        place = torch.arange(self.added, self.added + len(rows["reward"]), device=self.device) % self.capacity
+        for name, values in rows.items():
+            self.data[name][place] = torch.as_tensor(values, dtype=torch.float32).to(self.device)
+        self.added += len(place)
+
+    def sample(self, batch: int, generator: torch.Generator) -> dict[str, Tensor]:
+        index = torch.randint(min(self.added, self.capacity), (batch,), generator=generator, device=self.device)
+        return {name: values[index] for name, values in self.data.items()}
+
+    def state_dict(self) -> dict:
+        return {"added": self.added, "data": {name: values[: self.added].clone() for name, values in self.data.items()}}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.added = state["added"]
+        for name, values in state["data"].items():
+            self.data[name][: len(values)] = values.to(self.device)
+
+
+class OMAD(nn.Module):
+    """Policies, critics, temperature and their optimisers: everything that learns."""
+
+    def __init__(self, env: TeamEnv, args: Args, device: torch.device):
+        super().__init__()
+        self.args, self.device = args, device
+        obs_mask, action_mask = torch.from_numpy(env.obs_mask), torch.from_numpy(env.action_mask)
+        make_policy = DiffusionPolicy if args.policy == "diffusion" else GaussianPolicy
+        self.policy = make_policy(obs_mask, action_mask, args.policy_hidden, args.denoising_steps).to(device)
+        self.critic = Critic(env.state_size, action_mask, args).to(device)
+        self.target = None
+        if args.target_networks:
+            self.target = Critic(env.state_size, action_mask, args).to(device).eval().requires_grad_(False)
+            self.target.load_state_dict(self.critic.state_dict())
+        self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha), device=device))
+        self.entropy_target = args.target_entropy_scale * float(env.action_mask.sum())
+        adam = lambda params, lr, beta1: torch.optim.Adam(params, lr, betas=(beta1, 0.999), fused=True)
+        self.policy_optimizer = adam(self.policy.parameters(), args.policy_lr, args.adam_beta1)
+        self.critic_optimizer = adam(self.critic.parameters(), args.q_lr, args.adam_beta1)
+        self.alpha_optimizer = adam([self.log_alpha], args.alpha_lr, 0.9)
+
+    @torch.no_grad()
+    def act(self, obs: np.ndarray, generator: torch.Generator) -> np.ndarray:
+        """Decentralised execution, sampled: obs [E, N, O] -> action [E, N, A]."""
+        obs = torch.from_numpy(obs).to(generator.device)
+        return self.policy(obs, self.policy.noise(len(obs), generator))[0].cpu().numpy()
+
+    def update_critic(self, batch: dict[str, Tensor], generator: torch.Generator) -> Logs:
+        noise = self.policy.noise(len(batch["reward"]), generator)
+        loss, logs = critic_loss(self.critic.train(), self.target, self.policy, self.log_alpha.detach().exp(), batch, noise, self.args)
+        self.critic_optimizer.zero_grad()
+        loss.backward()
+        self.critic_optimizer.step()
+        if self.target is not None:
+            with torch.no_grad():
+                for slow, fast in zip(self.target.state_dict().values(), self.critic.state_dict().values()):
+                    slow.lerp_(fast, self.args.tau) if slow.is_floating_point() else slow.copy_(fast)
+        return logs
+
+    def update_policies(self, batch: dict[str, Tensor], generator: torch.Generator) -> Logs:
+        noise = self.policy.noise(len(batch["reward"]), generator)
+        loss, logs, run = policy_loss(self.critic.eval(), self.policy, self.log_alpha.detach().exp(), batch, noise)
+        self.policy_optimizer.zero_grad()
+        loss.backward(inputs=list(self.policy.parameters()))
+        nn.utils.clip_grad_value_(self.policy.parameters(), self.args.policy_grad_clip)
+        self.policy_optimizer.step()
+        loss, alpha_logs = temperature_loss(self.log_alpha, run, self.entropy_target)
+        if self.args.autotune:
+            self.alpha_optimizer.zero_grad()
+            loss.backward()
+            self.alpha_optimizer.step()
+        return logs | alpha_logs
+
+
+def pick_device(name: str) -> torch.device:
+    """The one place that decides where tensors live; they are float32 everywhere."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise BadInput("--device cuda: torch finds no CUDA device here; use --device cpu")
+    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+
+
+def evaluate(agent: OMAD, envs: gym.vector.VectorEnv, seed: int) -> np.ndarray:
+    """Team return of one sampled episode in each of `envs`, from start states and noise that depend on `seed` only."""
+    generator = torch.Generator(agent.device).manual_seed(seed)
+    obs, _ = envs.reset(seed=seed)
+    returns = np.full(envs.num_envs, np.nan)
+    while np.isnan(returns).any():
+        obs, _, terminated, truncated, info = envs.step(agent.act(obs, generator))
+        done = terminated | truncated
+        if done.any():
+            first = done & np.isnan(returns)  # an environment that is done early runs on; only its first episode counts
+            returns[first] = info["episode"]["r"][first]
+            obs, _ = envs.reset(options={"reset_mask": done})
+    return returns
+
+
+def train(args: Args, run_dir: Path, saved: dict | None) -> None:
+    """The whole of training, from the start or from the checkpoint `saved`."""
+    device = pick_device(args.device)
+    torch.manual_seed(args.seed)
+    envs, eval_envs = make_vec(args.env_id, args.num_envs), make_vec(args.env_id, args.eval_episodes)
+    env = envs.envs[0].unwrapped
+    agent = OMAD(env, args, device)
+    replay = Replay(env, min(args.buffer_size, args.total_timesteps + args.num_envs), device)
+    generator = torch.Generator(device).manual_seed(args.seed)
+    run = Run(args, run_dir, agent, replay, generator, saved)
+    run.announce(env)
+    updates_per_iteration = round(args.updates_per_step * args.num_envs)
+
+    if run.step == 0:
+        run.evaluate_and_save(eval_envs)
+    # After every checkpoint, resumed or not, the environments start again from a seed that the step determines.
+    restart = lambda: envs.reset(seed=_seed(args.seed, run.step))
+    obs, info = restart()
+    state = info["state"]
+    while run.step < args.total_timesteps:
+        # Act.
+        if run.step < args.learning_starts:
+            action = torch.rand(envs.action_space.shape, generator=generator, device=device).cpu().numpy() * 2 - 1
+        else:
+            action = agent.act(obs, generator)
+        run.check_finite("action", action)
+        next_obs, reward, terminated, truncated, info = envs.step(action)
+        run.check_finite("reward or observation", np.append(reward, next_obs))
+        replay.add(obs=obs, next_obs=next_obs, state=state, next_state=info["state"], action=action, reward=reward, terminated=terminated)
+        obs, state = next_obs, info["state"]
+        done = terminated | truncated
+        if done.any():
+            run.episodes(info["episode"]["r"][done], info["episode"]["l"][done])
+            obs, info = envs.reset(options={"reset_mask": done})
+            state = np.where(done[:, None], info["state"], state)
+        run.step += args.num_envs
+
+        # Learn.
+        if run.step > args.learning_starts:
+            for _ in range(updates_per_iteration):
+                batch = replay.sample(args.batch_size, generator)
+                run.log(agent.update_critic(batch, generator))
+                run.updates += 1
+                if run.updates % args.policy_frequency == 0:
+                    run.log(agent.update_policies(batch, generator))
+
+        # Report.
+        run.progress()
+        if run.step % args.eval_every < args.num_envs or run.step >= args.total_timesteps:
+            run.evaluate_and_save(eval_envs)
+            obs, info = restart()
+            state = info["state"]
+    run.finish()
+
+
+# ============================================================================================================================
+# 6. Main: run directory, checkpoints, command line
+# ============================================================================================================================
+
+FORMAT = "omad-1"  # of checkpoint.pt; raise it when a change makes older files unreadable
+
+
+class BadInput(Exception):
+    """Something the user has to change: one line on stderr, exit code 2."""
+
+
+class FailedRun(Exception):
+    """A run that cannot go on: one line on stderr, exit code 3."""
+
+
+class Run:
+    """What a run writes to its directory (config.json, TensorBoard events, eval.csv, checkpoint.pt, curve.png) and prints."""
+
+    def __init__(self, args: Args, path: Path, agent: OMAD, replay: Replay, generator: torch.Generator, saved: dict | None):
+        self.args, self.path, self.agent, self.replay, self.generator = args, path, agent, replay, generator
+        self.optimizers = dict(policy=agent.policy_optimizer, critic=agent.critic_optimizer, alpha=agent.alpha_optimizer)
+        self.step, self.updates, self.last_return, self.rows, self.seconds_before = 0, 0, math.nan, [], 0.0
+        if saved:
+            self.restore(saved)
+        self.pending: dict[str, list[tuple[int, Tensor]]] = {}  # scalars still on the device
+        self.writer = SummaryWriter(str(path), purge_step=self.step + 1 if saved else None)
+        self.started = self.reported = time.time()
+        self.reported_step = self.step
+
+    def announce(self, env: TeamEnv) -> None:
+        args, agent = self.args, self.agent
+        count = lambda module: f"{sum(p.numel() for p in module.parameters()):,} parameters"
+        seconds = estimate_seconds(env, args, agent.device) * (1 - self.step / args.total_timesteps)
+        print(f"task      {args.env_id}: {TASKS[args.env_id].description}")
+        print(f"sizes     {env.num_agents} agents; observations {env.obs_sizes}, actions {env.action_sizes}, joint state {env.state_size}")
+        print(f"device    {agent.device}, {torch.get_num_threads()} CPU thread(s)")
+        print(f"networks  {args.policy} policies {count(agent.policy)}, critics {count(agent.critic)}")
+        print(f"expected  about {_duration(seconds)} from step {self.step:,} to {args.total_timesteps:,}")
+        print(f"logs      {self.path}    (watch: tensorboard --logdir {self.path.parent})", flush=True)
+        self.started = self.reported = time.time()
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of training so far, over all resumed parts."""
+        return self.seconds_before + time.time() - self.started
+
+    def log(self, scalars: Logs) -> None:
+        """Keeps scalars on the device until the next report, so that an update never waits for a copy."""
+        for name, value in scalars.items():
+            self.pending.setdefault(name, []).append((self.step, value))
+
+    def flush(self) -> None:
+        """Copies the pending scalars to the host, stops the run if one is not finite, and writes their means to TensorBoard."""
+        for name, entries in self.pending.items():
+            values = torch.stack([value for _, value in entries]).cpu()
+            bad = (~values.isfinite()).nonzero().flatten().tolist()
+            if bad:
+                self.fail(f"{name} is {values[bad[0]].item()}", entries[bad[0]][0])
+            self.writer.add_scalar(name, values.mean(), self.step)
+        self.pending.clear()
+
+    def check_finite(self, quantity: str, values: np.ndarray) -> None:
+        if not np.isfinite(values).all():
+            self.flush()  # if a loss went first, it is the better diagnosis
+            self.fail(f"{quantity} is not finite", self.step)
+
+    def fail(self, what: str, step: int) -> None:
+        save(self.path / "failed.pt", self.checkpoint())
+        raise FailedRun(f"step {step}: {what}; state saved to {self.path / 'failed.pt'}, the last good one is {self.path / 'checkpoint.pt'}")
+
+    def episodes(self, returns: np.ndarray, lengths: np.ndarray) -> None:
+        self.last_return = float(returns.mean())
+        self.writer.add_scalar("charts/episodic_return", self.last_return, self.step)
+        self.writer.add_scalar("charts/episodic_length", lengths.mean(), self.step)
+
+    def progress(self) -> None:
+        """The progress line: rewritten in place on a terminal, a new line every 30 s elsewhere."""
+        now, terminal = time.time(), sys.stdout.isatty()
+        if now - self.reported < (2 if terminal else 30):
+            return
+        rate = (self.step - self.reported_step) / (now - self.reported)
+        alpha, total = self.agent.log_alpha.exp().item(), self.args.total_timesteps
+        line = f"step {self.step:,}/{total:,} | {rate:,.0f} steps/s | last return {self.last_return:.1f} | alpha {alpha:.4f}"
+        print(f"{line} | {_duration((total - self.step) / rate)} left   ", end="\r" if terminal else "\n", flush=True)
+        self.writer.add_scalar("charts/steps_per_second", rate, self.step)
+        self.flush()
+        self.reported, self.reported_step = now, self.step
+
+    def evaluate_and_save(self, envs: gym.vector.VectorEnv) -> None:
+        self.flush()
+        returns = evaluate(self.agent, envs, _seed(self.args.seed, 1))
+        mean, std = float(returns.mean()), float(returns.std())
+        self.rows.append(dict(step=self.step, wall_time_s=round(self.seconds, 1), return_mean=mean, return_std=std, episodes=len(returns)))
+        print(f"eval at step {self.step:,} after {_duration(self.seconds)}: return {mean:.2f} ± {std:.2f} over {len(returns)} episodes", flush=True)
+        self.writer.add_scalar("eval/return_mean", mean, self.step)
+        self.writer.add_scalar("eval/return_std", std, self.step)
+        table = [",".join(self.rows[0]), *(",".join(map(str, row.values())) for row in self.rows)]
+        write(self.path / "eval.csv", ("\n".join(table) + "\n").encode())
+        save(self.path / "checkpoint.pt", self.checkpoint())
+        self.reported, self.reported_step = time.time(), self.step
+
+    def finish(self) -> None:
+        self.writer.close()
+        draw_curve(self.path / "curve.png", self.args, self.rows)
+        if self.args.capture_video:
+            record_video(self.agent, self.args, self.path / "videos")
+        print(f"done in {_duration(self.seconds)}: {self.path}")
+
+    def checkpoint(self) -> dict:
+        """Everything a resumed run needs. Environments are not in it: they restart from a seed at every checkpoint."""
+        return {
+            "format": FORMAT, "args": dataclasses.asdict(self.args), "step": self.step, "updates": self.updates,
+            "agent": self.agent.state_dict(), "replay": self.replay.state_dict(), "generator": self.generator.get_state(),
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "last_return": self.last_return, "rows": self.rows, "seconds": self.seconds,
+        }  # fmt: skip
+
+    def restore(self, saved: dict) -> None:
+        self.agent.load_state_dict(saved["agent"])
+        self.replay.load_state_dict(saved["replay"])
+        self.generator.set_state(saved["generator"])
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(saved["optimizers"][name])
+        self.step, self.updates, self.last_return = saved["step"], saved["updates"], saved["last_return"]
+        self.rows, self.seconds_before = saved["rows"], saved["seconds"]
+
+
+def write(path: Path, content: bytes) -> None:
+    """Writes under a temporary name, then renames: after a crash or on a full disk the old file is still there."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        kept = "; the file from before is kept" if path.exists() else ""
+        raise FailedRun(f"cannot write {path}: {error.strerror}{kept}") from error
+
+
+def save(path: Path, checkpoint: dict) -> None:
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    write(path, buffer.getbuffer())
+
+
+def load(run_dir: str) -> dict:
+    """The checkpoint in a run directory. It is data from outside: nothing in it is executed."""
+    path = Path(run_dir) / "checkpoint.pt"
+    if not path.is_file():
+        raise BadInput(f"{path}: no such file; give the directory of a run, as its 'logs' line printed it")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds here
+        raise BadInput(f"{path}: not a readable checkpoint (cut short, or not written by omad.py): {type(error).__name__}") from error
+    if not isinstance(saved, dict) or saved.get("format") != FORMAT:
+        raise BadInput(f"{path}: not a checkpoint of this version of omad.py (format {FORMAT})")
+    return saved
+
+
+def draw_curve(path: Path, args: Args, rows: list[dict]) -> None:
+    """Return against environment steps, from the evaluations."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    steps, mean, std = (np.array([row[key] for row in rows]) for key in ("step", "return_mean", "return_std"))
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    axis.plot(steps, mean, marker=".")
+    axis.fill_between(steps, mean - std, mean + std, alpha=0.2, label="± one standard deviation over episodes")
+    axis.set(xlabel="environment steps", ylabel="team return", title=f"OMAD ({args.policy} policy), {args.env_id}, seed {args.seed}")
+    axis.legend(loc="lower right")
+    axis.grid(alpha=0.3)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=120)
+    plt.close(figure)
+    write(path, buffer.getvalue())
+
+
+def record_video(agent: OMAD, args: Args, folder: Path, episodes: int = 4) -> None:
+    """Videos of the policy through gymnasium's own wrapper; needs no screen."""
+    env = gym.wrappers.RecordVideo(make_env(args.env_id, "rgb_array"), str(folder), episode_trigger=lambda _: True)
+    generator = torch.Generator(agent.device).manual_seed(args.seed)
+    for episode in range(episodes):
+        obs, _ = env.reset(seed=_seed(args.seed, 1) + episode)
+        done = False
+        while not done:
+            obs, _, terminated, truncated, _ = env.step(agent.act(obs[None], generator)[0])
+            done = terminated or truncated
+    env.close()
+    print(f"videos    {folder}")
+
+
+def estimate_seconds(env: TeamEnv, args: Args, device: torch.device) -> float:
+    """Expected seconds of the whole run, from a few updates and steps of a throwaway agent on this machine."""
+    with torch.random.fork_rng():
+        agent, replay, generator = OMAD(env, args, device), Replay(env, 1, device), torch.Generator(device).manual_seed(0)
+    replay.added = 1  # one empty transition
+    obs = np.zeros((args.num_envs, *env.obs_mask.shape), np.float32)
+
+    def seconds(function, repeats=5):
+        function()  # the first call is slower
+        start = time.perf_counter()
+        for _ in range(repeats):
+            function()
+        return (time.perf_counter() - start) / repeats
+
+    def learn():
+        for _ in range(args.policy_frequency):
+            batch = replay.sample(args.batch_size, generator)
+            agent.update_critic(batch, generator)
+        agent.update_policies(batch, generator)["diag/alpha"].item()
+
+    env.reset(seed=0)
+    step = seconds(lambda: env.step(np.zeros(env.action_space.shape)), TASKS[args.env_id].horizon - 1)
+    evaluation = args.eval_episodes * TASKS[args.env_id].horizon / args.eval_every  # evaluation steps per training step
+    per_step = step * (1 + evaluation) + seconds(lambda: agent.act(obs, generator)) / args.num_envs
+    return args.total_timesteps * (per_step + seconds(learn) * args.updates_per_step / args.policy_frequency)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def _seed(*parts: int) -> int:
+    """One well-mixed seed from several numbers."""
+    return int(np.random.SeedSequence(parts).generate_state(1)[0] // 2)
+
+
+def parse(argv: list[str]) -> tuple[Args, dict | None]:
+    """Command line -> arguments, and the checkpoint if a run is continued or evaluated. Raises `BadInput`."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for flag in ("--env-id", "--resume", "--evaluate"):  # these decide the other flags' defaults
+        first.add_argument(flag, nargs="?", default="")
+    early = first.parse_known_args([part.replace("_", "-", 1) if part.startswith("--env_id") else part for part in argv])[0]
+    saved = None
+    if early.resume or early.evaluate:
+        saved = load(early.resume or early.evaluate)
+        try:
+            default = dataclasses.replace(Args(**saved["args"]), resume="", evaluate="", capture_video=False)
+        except TypeError as error:
+            raise BadInput(f"{early.resume or early.evaluate}: the checkpoint's arguments are not those of this omad.py: {error}") from error
+    else:
+        check_task(early.env_id or Args.env_id)
+        default = Args(env_id=early.env_id or Args.env_id, **PRESETS[early.env_id or Args.env_id])
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            args, unknown = tyro.cli(Args, args=argv, default=default, return_unknown_args=True, prog="omad.py")
+    except SystemExit as stop:
+        if not stop.code:
+            raise  # --help
+        reason = re.split(r"\s-{9,}\s", errors.getvalue())  # the text between tyro's rules
+        raise BadInput(" ".join(reason[min(1, len(reason) - 1)].split())) from None
+    if unknown:
+        flags = ["--" + field.name.replace("_", "-") for field in dataclasses.fields(Args)]
+        near = difflib.get_close_matches(unknown[0], flags, n=3)
+        raise BadInput(f"unknown argument '{unknown[0]}'" + (f"; did you mean {' or '.join(near)}?" if near else "; --help lists the flags"))
+    validate(args)
+    if saved:
+        free = {"evaluate", "seed", "eval_episodes"} if args.evaluate else {"resume", "total_timesteps"}
+        changed = [f.name for f in dataclasses.fields(Args) if getattr(args, f.name) != getattr(default, f.name)]
+        for name in set(changed) - free - {"device", "torch_threads", "capture_video"}:
+            raise BadInput(f"--{name.replace('_', '-')} cannot be changed with --{'evaluate' if args.evaluate else 'resume'}: the run has {getattr(default, name)}")
+    return args, saved
+
+
+def validate(args: Args) -> None:
+    """Raises `BadInput` for a number out of range, or for numbers that contradict each other."""
+    check_task(args.env_id)
+    flag = lambda name: "--" + name.replace("_", "-")
+    for name, (low, high) in LIMITS.items():
+        if not low <= getattr(args, name) <= high:
+            raise BadInput(f"{flag(name)} {getattr(args, name)} is out of range: it must be at least {low}" + (f" and at most {high}" if high < math.inf else ""))
+    per_iteration = args.updates_per_step * args.num_envs
+    if round(per_iteration) < 1 or abs(per_iteration - round(per_iteration)) > 1e-6:
+        raise BadInput(f"--updates-per-step {args.updates_per_step} times --num-envs {args.num_envs} must be a whole number of updates, at least 1")
+    if not args.v_min < args.v_max:
+        raise BadInput(f"--v-min {args.v_min} must be below --v-max {args.v_max}")
+    for name in ("eval_every", "buffer_size"):
+        if getattr(args, name) < args.num_envs:
+            raise BadInput(f"{flag(name)} {getattr(args, name)} must be at least --num-envs {args.num_envs}")
+    if args.learning_starts >= args.total_timesteps:
+        raise BadInput(f"--learning-starts {args.learning_starts} must be below --total-timesteps {args.total_timesteps}, or nothing is learned")
+
+
+def make_run_dir(args: Args) -> Path:
+    """A new run directory, made with its config.json inside before it gets its name."""
+    path = Path(args.run_dir) / f"{args.env_id}__omad__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    path = next(p for p in (path, *(path.with_name(f"{path.name}-{i}") for i in range(2, 10_000))) if not p.exists())
+    packages = ("torch", "numpy", "gymnasium", "pettingzoo", "mpe2", "tyro", "tensorboard")
+    git = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True)
+    config = {
+        "args": dataclasses.asdict(args), "python": sys.version.split()[0], "git_revision": git.stdout.strip() or "unknown",
+        "packages": {name: importlib.metadata.version(name) for name in packages},
+    }  # fmt: skip
+    try:
+        path.mkdir(parents=True)
+        write(path / "config.json", json.dumps(config, indent=2).encode())
+    except (OSError, FailedRun) as error:
+        raise BadInput(f"--run-dir {args.run_dir}: cannot write there: {getattr(error, 'strerror', error)}") from error
+    return path
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: 0 done, 2 bad input, 3 a failed run."""
+    path = None
+    try:
+        args, saved = parse(sys.argv[1:] if argv is None else argv)
+        if args.torch_threads:
+            torch.set_num_threads(args.torch_threads)
+        if args.evaluate:
+            evaluate_run(args, saved)
+        else:
+            path = Path(args.resume) if args.resume else make_run_dir(args)
+            train(args, path, saved)
+    except (BadInput, UnknownTask) as error:
+        print(f"omad.py: error: {error}", file=sys.stderr)
+        return 2
+    except (FailedRun, OSError) as error:
+        print(f"omad.py: failed: {error}", file=sys.stderr)
+        return 3
+    except KeyboardInterrupt:
+        print(f"\nomad.py: interrupted; go on with: python omad.py --resume {path}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def evaluate_run(args: Args, saved: dict) -> None:
+    """--evaluate: the return of a saved run. With the run's own seed it repeats the last row of its eval.csv."""
+    envs = make_vec(args.env_id, args.eval_episodes)
+    agent = OMAD(envs.envs[0].unwrapped, args, pick_device(args.device))
+    restore(agent.load_state_dict, saved["agent"])
+    returns = evaluate(agent, envs, _seed(args.seed, 1))
+    print(f"{args.env_id}, {args.policy} policy, step {saved['step']:,}: return {returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} episodes")
+    if args.capture_video:
+        record_video(agent, args, Path(args.evaluate) / "videos")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
