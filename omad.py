@@ -159,8 +159,9 @@ LIMITS = {  # smallest and largest value allowed
 # [deviation D1] MPE presets suit a laptop CPU: smaller networks, fewer updates per step, a support and a discount for 25-step
 # episodes. The README gives the reason for every value.
 MPE = dict(
-    total_timesteps=400_000, num_envs=8, eval_every=20_000, eval_episodes=100, learning_starts=2_000, gamma=0.95,
-    updates_per_step=0.25, policy_hidden=64, critic_hidden=128, v_min=-30.0, v_max=10.0, bn_warmup=5_000, alpha=0.1,
+    total_timesteps=120_000, num_envs=8, eval_every=10_000, eval_episodes=100, learning_starts=2_000, batch_size=128, gamma=0.95,
+    updates_per_step=0.25, policy_lr=1e-3, q_lr=1e-3, policy_hidden=64, critic_hidden=128, v_min=-30.0, v_max=10.0,
+    bn_warmup=5_000, alpha=0.005,
 )  # fmt: skip
 PRESETS: dict[str, dict] = {env_id: MPE for env_id in TASKS}
 
@@ -745,13 +746,24 @@ class Run:
         }  # fmt: skip
 
     def restore(self, saved: dict) -> None:
-        self.agent.load_state_dict(saved["agent"])
-        self.replay.load_state_dict(saved["replay"])
-        self.generator.set_state(saved["generator"])
-        for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(saved["optimizers"][name])
-        self.step, self.updates, self.last_return = saved["step"], saved["updates"], saved["last_return"]
-        self.rows, self.seconds_before = saved["rows"], saved["seconds"]
+        with _must_fit(self.path):
+            self.agent.load_state_dict(saved["agent"])
+            self.replay.load_state_dict(saved["replay"])
+            self.generator.set_state(saved["generator"])
+            for name, optimizer in self.optimizers.items():
+                optimizer.load_state_dict(saved["optimizers"][name])
+            self.step, self.updates, self.last_return = saved["step"], saved["updates"], saved["last_return"]
+            self.rows, self.seconds_before = saved["rows"], saved["seconds"]
+
+
+@contextlib.contextmanager
+def _must_fit(run_dir: Path):
+    """Loading a checkpoint whose parts are missing or of other sizes is bad input, not a bug."""
+    try:
+        yield
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise BadInput(f"{run_dir / 'checkpoint.pt'}: does not fit this omad.py: {type(error).__name__}: {reason}") from error
 
 
 def write(path: Path, content: bytes) -> None:
@@ -844,10 +856,14 @@ def estimate_seconds(env: TeamEnv, args: Args, device: torch.device) -> float:
             agent.update_critic(batch, generator)
         agent.update_policies(batch, generator)["diag/alpha"].item()
 
-    env.reset(seed=0)
-    step = seconds(lambda: env.step(np.zeros(env.action_space.shape)), TASKS[args.env_id].horizon - 1)
+    def episode():
+        env.reset(seed=0)
+        for _ in range(length):
+            env.step(np.zeros(env.action_space.shape))
+
+    length = min(TASKS[args.env_id].horizon, 25)
     evaluation = args.eval_episodes * TASKS[args.env_id].horizon / args.eval_every  # evaluation steps per training step
-    per_step = step * (1 + evaluation) + seconds(lambda: agent.act(obs, generator)) / args.num_envs
+    per_step = seconds(episode) / length * (1 + evaluation) + seconds(lambda: agent.act(obs, generator)) / args.num_envs
     return args.total_timesteps * (per_step + seconds(learn) * args.updates_per_step / args.policy_frequency)
 
 
@@ -869,10 +885,9 @@ def parse(argv: list[str]) -> tuple[Args, dict | None]:
     saved = None
     if early.resume or early.evaluate:
         saved = load(early.resume or early.evaluate)
-        try:
+        with _must_fit(Path(early.resume or early.evaluate)):
             default = dataclasses.replace(Args(**saved["args"]), resume="", evaluate="", capture_video=False)
-        except TypeError as error:
-            raise BadInput(f"{early.resume or early.evaluate}: the checkpoint's arguments are not those of this omad.py: {error}") from error
+            validate(default)
     else:
         check_task(early.env_id or Args.env_id)
         default = Args(env_id=early.env_id or Args.env_id, **PRESETS[early.env_id or Args.env_id])
@@ -963,7 +978,8 @@ def evaluate_run(args: Args, saved: dict) -> None:
     """--evaluate: the return of a saved run. With the run's own seed it repeats the last row of its eval.csv."""
     envs = make_vec(args.env_id, args.eval_episodes)
     agent = OMAD(envs.envs[0].unwrapped, args, pick_device(args.device))
-    restore(agent.load_state_dict, saved["agent"])
+    with _must_fit(Path(args.evaluate)):
+        agent.load_state_dict(saved["agent"])
     returns = evaluate(agent, envs, _seed(args.seed, 1))
     print(f"{args.env_id}, {args.policy} policy, step {saved['step']:,}: return {returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} episodes")
     if args.capture_video:

@@ -142,17 +142,20 @@ class TeamEnv(gym.Env):
 def _action_converter(env: ParallelEnv, agent: str) -> tuple[int, Callable[[np.ndarray], np.ndarray]]:
     """Size of an agent's action in [-1, 1], and the function that turns it into the environment's own (float32).
 
-    MPE moves an agent by the force [a2 - a1, a4 - a3]: four numbers for two. The exact two-number form puts each sign in its
-    own slot. Communication numbers follow and go from [-1, 1] to [0, 1].
+    In general [-1, 1] is stretched onto the action space. MPE moves an agent by the force [a2 - a1, a4 - a3], four numbers for
+    two: the exact two-number form puts each sign in its own slot. Communication numbers follow, from [-1, 1] onto [0, 1].
     """
-    movable = env.unwrapped.world.agents[env.possible_agents.index(agent)].movable
-    messages = env.action_space(agent).shape[0] - (5 if movable else 0)
+    space = env.action_space(agent)
+    size, low, width = space.shape[0], space.low, space.high - space.low
 
-    def convert(action: np.ndarray) -> np.ndarray:
-        own = []
-        if movable:
-            fx, fy, *action = action.tolist()
-            own = [0.0, max(-fx, 0.0), max(fx, 0.0), max(-fy, 0.0), max(fy, 0.0)]
-        return np.array(own + [(a + 1.0) / 2.0 for a in action[:messages]], np.float32)
+    def stretch(action: np.ndarray) -> np.ndarray:
+        return low + (action[:size] + 1) / 2 * width
 
-    return (2 if movable else 0) + messages, convert
+    def force(action: np.ndarray) -> np.ndarray:
+        fx, fy, *message = action[: size - 3].tolist()
+        own = [0.0, max(-fx, 0.0), max(fx, 0.0), max(-fy, 0.0), max(fy, 0.0), *((m + 1) / 2 for m in message)]
+        return np.array(own, np.float32)
+
+    bodies = getattr(getattr(env.unwrapped, "world", None), "agents", None)  # MPE only
+    movable = bodies is not None and bodies[env.possible_agents.index(agent)].movable
+    return (size - 3, force) if movable else (size, stretch)

@@ -1,0 +1,52 @@
+"""Shared by all tests: one torch thread, so that runs are repeatable and two test processes do not slow each other."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
+
+import pytest
+import torch
+
+import omad
+
+torch.set_num_threads(1)
+ROOT = Path(__file__).parent.parent
+
+# A run of a few seconds that still does everything: 40 critic updates, 13 policy updates, 5 evaluations, 4 checkpoints.
+SHORT = (
+    "--total-timesteps 400 --num-envs 4 --eval-every 100 --eval-episodes 3 --learning-starts 80 --batch-size 32 "
+    "--updates-per-step 0.25 --policy-hidden 16 --critic-hidden 16 --denoising-steps 3 --device cpu"
+).split()
+
+
+@pytest.fixture
+def cli(tmp_path, capsys):
+    """Runs omad.main in this process: cli("--seed", "1") -> (exit code, stdout, stderr). Runs land in tmp_path."""
+
+    def call(*argv, run_dir=True):
+        capsys.readouterr()
+        code = omad.main([*map(str, argv), *(["--run-dir", str(tmp_path)] if run_dir else [])])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+@pytest.fixture
+def start():
+    """Starts `python omad.py ARGS` as a process of its own and returns the Popen object."""
+    processes = []
+
+    def popen(*argv, **kwargs):
+        command = [sys.executable, str(ROOT / "omad.py"), *map(str, argv)]
+        kwargs = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) | kwargs
+        processes.append(subprocess.Popen(command, **kwargs))
+        return processes[-1]
+
+    yield popen
+    for process in processes:
+        process.kill()
+        process.communicate()

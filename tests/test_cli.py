@@ -1,0 +1,318 @@
+"""The program as a user types it: runs, resume, evaluate, bad input."""
+
+import csv
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import omad
+from conftest import SHORT
+
+
+def run_dirs(path):
+    return sorted(path.glob("*__omad__*"))
+
+
+def rows(run_dir, wall_time=False):
+    table = list(csv.DictReader((run_dir / "eval.csv").open()))
+    return [{key: value for key, value in row.items() if wall_time or key != "wall_time_s"} for row in table]
+
+
+def weights(run_dir):
+    return torch.load(run_dir / "checkpoint.pt", weights_only=True)["agent"]
+
+
+def one_line(err):
+    lines = err.strip().splitlines()
+    return len(lines) == 1 and lines[0].startswith("omad.py: ")
+
+
+# --- a whole run ---
+
+
+def test_the_default_command_shortened(start, tmp_path):
+    """`python omad.py --env-id mpe_simple_spread`, with the numbers that make it short: everything a run leaves behind."""
+    process = start("--env-id", "mpe_simple_spread", *SHORT, "--run-dir", tmp_path)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    for word in ("task ", "sizes ", "device ", "parameters", "expected ", "logs ", "eval at step 400"):
+        assert word in out
+    assert "Traceback" not in err and "Warning" not in err
+    (run,) = run_dirs(tmp_path)
+    assert re.fullmatch(r"mpe_simple_spread__omad__1__\d{8}-\d{6}", run.name)
+    assert {"config.json", "eval.csv", "checkpoint.pt", "curve.png"} <= {p.name for p in run.iterdir()}
+    assert not list(run.glob("*.tmp")) and list(run.glob("events.out.tfevents.*"))
+    assert (run / "curve.png").read_bytes().startswith(b"\x89PNG")
+    config = json.loads((run / "config.json").read_text())
+    assert config["args"]["policy_hidden"] == 16 and config["packages"]["torch"] and config["git_revision"]
+    assert (run / "eval.csv").read_text().splitlines()[0] == "step,wall_time_s,return_mean,return_std,episodes"
+    table = rows(run, wall_time=True)
+    assert [row["step"] for row in table] == ["0", "100", "200", "300", "400"] and {row["episodes"] for row in table} == {"3"}
+    assert all(-200 < float(row["return_mean"]) < 0 for row in table)
+    saved = torch.load(run / "checkpoint.pt", weights_only=True)
+    assert saved["updates"] == 80 and saved["replay"]["added"] == 400
+
+
+def test_every_scalar_is_in_the_glossary(cli, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert cli(*SHORT, "--target-networks")[0] == 0
+    events = EventAccumulator(str(run_dirs(tmp_path)[0])).Reload()
+    written = set(events.Tags()["scalars"]) | {"charts/steps_per_second"}  # written only by longer runs
+    assert {tag.split("/")[0] for tag in written} == {"charts", "losses", "diag", "eval"}
+    readme = (omad.Path(omad.__file__).parent / "README.md").read_text()
+    assert [tag for tag in sorted(written) if f"`{tag}`" not in readme] == []
+
+
+def test_replay_holds_true_final_observations_and_no_terminations(cli, tmp_path):
+    assert cli(*SHORT)[0] == 0
+    data = torch.load(run_dirs(tmp_path)[0] / "checkpoint.pt", weights_only=True)["replay"]["data"]
+    assert not data["terminated"].any()  # this task only ever truncates
+    assert torch.equal(data["state"], data["obs"].flatten(1)) and torch.equal(data["next_state"], data["next_obs"].flatten(1))
+    follows = (data["next_obs"][:-4] == data["obs"][4:]).flatten(1).all(1)  # with 4 environments, row t + 4 comes after row t
+    breaks = (~follows).nonzero().flatten() // 4 + 1
+    assert set(breaks.tolist()) == {25, 50, 75}  # the episode's last row does not lead to the next episode's first
+    moved = data["next_obs"] - data["obs"]
+    np.testing.assert_allclose(moved[..., 2:4], 0.1 * data["obs"][..., :2], atol=1e-5)  # position after = position + 0.1 velocity
+
+
+def test_same_seed_same_run_and_another_seed_another(cli, tmp_path):
+    for seed in (3, 3, 4):
+        assert cli(*SHORT, "--seed", seed)[0] == 0
+    one, two, other = run_dirs(tmp_path)
+    assert rows(one) == rows(two) != rows(other)
+    assert all(torch.equal(value, weights(two)[name]) for name, value in weights(one).items())
+
+
+def test_evaluation_does_not_disturb_training(cli, tmp_path):
+    """Other evaluation episodes, the same networks at the end."""
+    for episodes in (1, 5):
+        assert cli(*SHORT, "--eval-episodes", episodes)[0] == 0
+    one, two = run_dirs(tmp_path)
+    assert all(torch.equal(value, weights(two)[name]) for name, value in weights(one).items())
+
+
+@pytest.mark.parametrize("flags", [("--policy", "gaussian"), ("--env-id", "mpe_simple_speaker_listener"), ("--no-autotune",)])
+def test_variants_learn_and_stay_finite(cli, tmp_path, flags):
+    assert cli(*SHORT, *flags)[0] == 0
+    assert all(value.isfinite().all() for value in weights(run_dirs(tmp_path)[0]).values())
+
+
+# --- resume and evaluate ---
+
+
+def test_resume_after_sigkill_equals_the_uninterrupted_run(start, cli, tmp_path):
+    longer = [*SHORT, "--total-timesteps", "1200"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert start(*longer, "--run-dir", whole).wait(120) == 0
+    process = start(*longer, "--run-dir", killed)
+    deadline = time.time() + 60
+    while time.time() < deadline and not (run_dirs(killed) and (run_dirs(killed)[0] / "eval.csv").exists() and len(rows(run_dirs(killed)[0])) > 4):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    (run,) = run_dirs(killed)
+    assert 4 < len(rows(run)) < len(rows(run_dirs(whole)[0]))  # it was killed in the middle
+    code, _, err = cli("--resume", run, run_dir=False)
+    assert code == 0, err
+    assert rows(run) == rows(run_dirs(whole)[0])
+    a, b = weights(run), weights(run_dirs(whole)[0])
+    assert all(torch.equal(value, b[name]) for name, value in a.items())
+
+
+def test_resume_of_a_run_killed_before_its_first_checkpoint(cli, tmp_path):
+    assert cli(*SHORT)[0] == 0
+    (run,) = run_dirs(tmp_path)
+    want = rows(run)
+    for path in run.iterdir():
+        if path.name != "config.json":
+            path.unlink()
+    code, _, err = cli("--resume", run, run_dir=False)
+    assert code == 0, err
+    assert rows(run) == want
+
+
+def test_a_finished_run_can_be_made_longer(cli, tmp_path):
+    assert cli(*SHORT)[0] == 0
+    (run,) = run_dirs(tmp_path)
+    assert cli("--resume", run, "--total-timesteps", "600", run_dir=False)[0] == 0
+    assert [row["step"] for row in rows(run)] == ["0", "100", "200", "300", "400", "500", "600"]
+
+
+def test_evaluate_repeats_the_last_evaluation(cli, tmp_path):
+    assert cli(*SHORT)[0] == 0
+    (run,) = run_dirs(tmp_path)
+    before = sorted((p.name, p.stat().st_mtime_ns) for p in run.iterdir())
+    code, out, _ = cli("--evaluate", run, run_dir=False)
+    last = rows(run)[-1]
+    assert code == 0 and f"{float(last['return_mean']):.2f} ± {float(last['return_std']):.2f} over 3 episodes" in out
+    assert before == sorted((p.name, p.stat().st_mtime_ns) for p in run.iterdir())  # nothing is written
+    assert cli("--evaluate", run, "--seed", "9", "--eval-episodes", "7", run_dir=False)[1] != out
+
+
+def test_video(cli, tmp_path):
+    imageio = pytest.importorskip("imageio")
+    assert cli(*SHORT)[0] == 0
+    (run,) = run_dirs(tmp_path)
+    assert cli("--evaluate", run, "--capture-video", run_dir=False)[0] == 0
+    videos = sorted((run / "videos").glob("*.mp4"))
+    frames = np.stack(list(imageio.get_reader(videos[0])))
+    assert len(videos) == 4 and len(frames) >= 25 and frames.shape[1:] == (704, 704, 3) or frames.shape[1:] == (700, 700, 3)
+    assert frames.std() > 5 and np.abs(frames[0].astype(int) - frames[-1]).max() > 50  # something is drawn, and it moves
+
+
+def test_resume_and_evaluate_refuse_what_would_change_the_run(cli, tmp_path):
+    assert cli(*SHORT)[0] == 0
+    (run,) = run_dirs(tmp_path)
+    for flags in (("--resume", run, "--gamma", "0.5"), ("--evaluate", run, "--policy", "gaussian")):
+        code, _, err = cli(*flags, run_dir=False)
+        assert code == 2 and one_line(err) and flags[2] in err
+
+
+# --- help and bad input ---
+
+
+def test_help_shows_the_task_s_defaults(capsys):
+    for env_id, preset in omad.PRESETS.items():
+        with pytest.raises(SystemExit) as stop:
+            omad.main(["--help", "--env-id", env_id])
+        text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+        assert stop.value.code == 0
+        for name, value in preset.items():
+            flag = "--" + name.replace("_", "-")
+            assert re.search(re.escape(flag) + r" [^-]*?(-[^-][^-]*?)*\(default: " + re.escape(str(value)) + r"\)", text), (flag, value)
+
+
+def test_every_flag_is_documented(capsys):
+    with pytest.raises(SystemExit):
+        omad.main(["--help"])
+    text = capsys.readouterr().out.replace("│", " ")
+    for entry in re.split(r"\n\s+(?=--)", text)[1:]:
+        assert len(re.sub(r"--\S+|\(default.*?\)|\{.*?\}|[A-Z_]{3,}", "", entry, flags=re.S).split()) >= 3, entry
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--env-id", "mpe_simple_spred"], ["mpe_simple_spred", "mpe_simple_spread"]),
+        (["--env-id"], ["--env-id"]),
+        (["--total-timestep", "5"], ["--total-timestep", "--total-timesteps"]),
+        (["spread"], ["spread"]),
+        (["--seed", "x"], ["--seed", "x"]),
+        (["--policy", "gausian"], ["gausian", "gaussian"]),
+        (["--gamma", "1.5"], ["--gamma", "1.5"]),
+        (["--gamma", "nan"], ["--gamma", "nan"]),
+        (["--seed", "-1"], ["--seed", "-1"]),
+        (["--batch-size", "0"], ["--batch-size", "0"]),
+        (["--v-min", "5", "--v-max", "5"], ["--v-min", "--v-max"]),
+        (["--updates-per-step", "0.3"], ["--updates-per-step", "whole"]),
+        (["--learning-starts", "120000"], ["--learning-starts", "--total-timesteps"]),
+        (["--buffer-size", "4"], ["--buffer-size", "--num-envs"]),
+        (["--device", "tpu"], ["--device", "tpu"]),
+        (["--resume", "nowhere"], ["nowhere"]),
+        (["--evaluate", "nowhere"], ["nowhere"]),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(cli, tmp_path, flags, words):
+    code, out, err = cli(*flags)
+    assert code == 2 and one_line(err) and not out and "Traceback" not in err, err
+    assert all(word in err for word in words), err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_where_there_is_none(cli, tmp_path):
+    code, _, err = cli(*SHORT[:-2], "--device", "cuda")
+    assert code == 2 and one_line(err) and "CUDA" in err and list(tmp_path.iterdir()) == []
+
+
+def test_a_run_dir_that_cannot_be_written(cli, tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", "/proc/nothing"):
+        code, out, err = cli(*SHORT, "--run-dir", folder, run_dir=False)
+        assert code == 2 and one_line(err) and str(folder) in err
+
+
+class Hostile:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.path),))
+
+
+def test_bad_checkpoints(cli, tmp_path):
+    assert cli(*SHORT)[0] == 0
+    (run,) = run_dirs(tmp_path)
+    path, proof = run / "checkpoint.pt", tmp_path / "executed"
+    good = torch.load(path, weights_only=True)
+    content = path.read_bytes()
+    assert len(content) > 2000
+
+    def bad(change):
+        change()
+        for command in ("--evaluate", "--resume"):
+            code, _, err = cli(command, run, run_dir=False)
+            assert code == 2 and one_line(err) and "checkpoint.pt" in err, err
+
+    bad(lambda: path.write_bytes(content[: len(content) // 2]))
+    bad(lambda: path.write_bytes(b""))
+    bad(lambda: path.write_bytes(b"not a checkpoint"))
+    bad(lambda: torch.save({"model": torch.zeros(3)}, path))
+    bad(lambda: torch.save([1, 2], path))
+    bad(lambda: torch.save(Hostile(proof), path))
+    bad(lambda: torch.save(good | {"args": good["args"] | {"policy_hidden": 32}}, path))
+    bad(lambda: torch.save(good | {"args": good["args"] | {"env_id": "elsewhere"}}, path))
+    bad(lambda: torch.save(good | {"args": good["args"] | {"gamma": "high"}}, path))
+    bad(lambda: torch.save(good | {"args": {"speed": 3}}, path))
+    bad(lambda: torch.save({k: v for k, v in good.items() if k != "agent"}, path))
+    assert not proof.exists()
+
+
+def test_full_disk_keeps_the_last_good_checkpoint(start, cli, tmp_path):
+    """A file-size limit between the size of the first checkpoint and that of a later one, whose replay has grown."""
+    longer = [*SHORT, "--total-timesteps", "4000", "--eval-every", "1000"]
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1_200_000, 1_200_000))
+    process = start(*longer, "--run-dir", tmp_path, preexec_fn=limit)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 3 and one_line(err) and "checkpoint.pt" in err and "kept" in err, err
+    (run,) = run_dirs(tmp_path)
+    assert torch.load(run / "checkpoint.pt", weights_only=True)["step"] >= 0 and not list(run.glob("*.tmp"))
+    code, _, err = cli("--resume", run, run_dir=False)  # with space again it goes on
+    assert code == 0, err
+    assert rows(run)[-1]["step"] == "4000"
+
+
+def test_non_finite_loss_stops_and_saves(cli, tmp_path):
+    code, _, err = cli(*SHORT, "--q-lr", "1e30")
+    (run,) = run_dirs(tmp_path)
+    assert code == 3 and one_line(err) and re.search(r"step \d+: \S+ is ", err), err
+    assert torch.load(run / "failed.pt", weights_only=True)["step"] > 0
+    saved = torch.load(run / "checkpoint.pt", weights_only=True)
+    assert all(value.isfinite().all() for value in saved["agent"].values())  # the last good one
+
+
+def test_non_finite_action_stops_and_saves(cli, tmp_path, monkeypatch):
+    act = omad.OMAD.act
+    monkeypatch.setattr(omad.OMAD, "act", lambda self, obs, g: act(self, obs, g) * (np.nan if len(obs) == 4 else 1))
+    code, _, err = cli(*SHORT)
+    assert code == 3 and one_line(err) and re.search(r"step 80: action is not finite", err), err
+    assert (run_dirs(tmp_path)[0] / "failed.pt").exists()
+
+
+def test_interrupt_says_how_to_go_on(cli, tmp_path, monkeypatch):
+    def interrupt(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(omad.Run, "progress", interrupt)
+    code, _, err = cli(*SHORT)
+    assert code == 130 and "--resume" in err and str(run_dirs(tmp_path)[0]) in err
+    shutil.rmtree(run_dirs(tmp_path)[0])

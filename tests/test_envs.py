@@ -1,0 +1,102 @@
+"""The wrapper against the upstream environment."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env
+from mpe2 import simple_reference_v3, simple_speaker_listener_v4, simple_spread_v3
+
+from common.envs import TASKS, UnknownTask, make_env, make_vec
+
+UPSTREAM = {
+    "mpe_simple_spread": (simple_spread_v3, dict(N=3, local_ratio=0.5)),
+    "mpe_simple_spread_n4": (simple_spread_v3, dict(N=4, local_ratio=0.5)),
+    "mpe_simple_reference": (simple_reference_v3, dict(local_ratio=0.5)),
+    "mpe_simple_speaker_listener": (simple_speaker_listener_v4, dict()),
+}
+
+
+def mpe_action(own: np.ndarray, space: gym.spaces.Box, movable: bool) -> np.ndarray:
+    """A second, slot-by-slot writing of the action's meaning, to compare the wrapper's with."""
+    out = np.zeros(space.shape, np.float32)
+    if movable:
+        for axis in range(2):
+            out[2 + 2 * axis if own[axis] > 0 else 1 + 2 * axis] = abs(own[axis])
+        own, at = own[2:], 5
+    else:
+        at = 0
+    for k in range(len(out) - at):
+        out[at + k] = 0.5 + own[k] / 2
+    return out
+
+
+@pytest.mark.parametrize("env_id, episodes", [("mpe_simple_spread", 200)] + [(name, 10) for name in UPSTREAM if name != "mpe_simple_spread"])
+def test_wrapper_equals_upstream(env_id, episodes):
+    module, kwargs = UPSTREAM[env_id]
+    theirs, ours = module.parallel_env(continuous_actions=True, max_cycles=25, **kwargs), make_env(env_id)
+    rng = np.random.default_rng(0)
+    for episode in range(episodes):
+        want, _ = theirs.reset(seed=episode)
+        obs, info = ours.reset(seed=episode)
+        for step in range(1, 26):
+            for i, agent in enumerate(ours.agents):
+                np.testing.assert_array_equal(obs[i, : ours.obs_sizes[i]], want[agent])
+                assert not obs[i, ours.obs_sizes[i] :].any()
+            np.testing.assert_array_equal(info["state"], theirs.state())
+            action = rng.uniform(-1, 1, ours.action_space.shape).astype(np.float32)
+            bodies = theirs.unwrapped.world.agents
+            moves = {a: mpe_action(action[i], theirs.action_space(a), bodies[i].movable) for i, a in enumerate(ours.agents)}
+            want, rewards, _, truncations, _ = theirs.step(moves)
+            obs, reward, terminated, truncated, info = ours.step(action)
+            np.testing.assert_allclose(info["agent_rewards"], [rewards[a] for a in ours.agents], rtol=1e-6)
+            assert reward == pytest.approx(np.mean(list(rewards.values())), rel=1e-6)  # the team reward is the mean
+            assert not terminated and truncated == all(truncations.values()) == (step == 25)
+        for i, agent in enumerate(ours.agents):  # the true final observation
+            np.testing.assert_array_equal(obs[i, : ours.obs_sizes[i]], want[agent])
+
+
+def test_actions_beyond_the_box_are_clipped():
+    ours, same = make_env("mpe_simple_spread"), make_env("mpe_simple_spread")
+    ours.reset(seed=0), same.reset(seed=0)
+    far = np.array([[7.0, -7.0], [0.5, 2.0], [-3.0, 0.0]])  # float64 on purpose
+    np.testing.assert_array_equal(ours.step(far)[0], same.step(np.clip(far, -1, 1).astype(np.float32))[0])
+
+
+@pytest.mark.parametrize("env_id", TASKS)
+def test_gymnasium_accepts_it(env_id):
+    check_env(make_env(env_id), skip_render_check=True)
+
+
+def test_unequal_agents_are_masked():
+    env = make_env("mpe_simple_speaker_listener")
+    assert env.obs_sizes == [3, 11] and env.action_sizes == [3, 2] and env.state_size == 14
+    assert env.obs_mask.sum(1).tolist() == [3, 11] and env.action_mask.sum(1).tolist() == [3, 2]
+    obs, _ = env.reset(seed=0)
+    ignored = np.zeros((2, 3), np.float32)
+    ignored[1, 2] = 1.0  # the listener has two numbers; the third is padding
+    first = env.step(ignored)[0]
+    env.reset(seed=0)
+    np.testing.assert_array_equal(first, env.step(np.zeros((2, 3)))[0])
+
+
+def test_vector_env_returns_the_final_observation_and_statistics():
+    envs = make_vec("mpe_simple_spread", 3)
+    single = make_env("mpe_simple_spread")
+    envs.reset(seed=5), single.reset(seed=6)  # copy 1 gets seed 6
+    total = 0.0
+    for _ in range(25):
+        action = np.full((3, 3, 2), 0.3, np.float32)
+        obs, reward, _, truncated, info = envs.step(action)
+        want, r, *_ = single.step(action[0])
+        total += r
+    assert truncated.all()
+    np.testing.assert_array_equal(obs[1], want)  # not the first observation of the next episode
+    assert info["episode"]["r"][1] == pytest.approx(total) and info["episode"]["l"].tolist() == [25, 25, 25]
+    after, _ = envs.reset(options={"reset_mask": np.array([False, True, False])})
+    np.testing.assert_array_equal(after[0], obs[0])
+    assert not np.array_equal(after[1], obs[1])
+
+
+def test_unknown_task_names_the_near_misses():
+    with pytest.raises(UnknownTask, match="mpe_simple_spread"):
+        make_env("simple_spread")
