@@ -20,7 +20,6 @@ E environments. Agents are a tensor dimension everywhere: nothing loops over the
 agent; smaller ones are padded, and masks keep the padding out of every sum.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import difflib
@@ -33,9 +32,10 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, BinaryIO, Literal
 
 import gymnasium as gym
 import numpy as np
@@ -395,7 +395,7 @@ def project(probs: Tensor, shifted: Tensor, atoms: Tensor) -> Tensor:
     place = ((shifted.clamp(atoms[0], atoms[-1]) - atoms[0]) / step).clamp(0, len(atoms) - 1)  # in units of atoms
     lower = place.floor().clamp(max=len(atoms) - 2)
     share = place - lower  # of the upper neighbour
-    index = lower.long()
+    index = lower.long().clamp(0, len(atoms) - 2)  # a NaN must end in the loss, where it is reported, not as a wild index
     return torch.zeros_like(probs).scatter_add_(-1, index, probs * (1 - share)).scatter_add_(-1, index + 1, probs * share)
 
 
@@ -514,9 +514,11 @@ class OMAD(nn.Module):
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha), device=device))
         self.entropy_target = args.target_entropy_scale * float(env.action_mask.sum())
         adam = lambda params, lr, beta1: torch.optim.Adam(params, lr, betas=(beta1, 0.999), fused=True)
-        self.policy_optimizer = adam(self.policy.parameters(), args.policy_lr, args.adam_beta1)
-        self.critic_optimizer = adam(self.critic.parameters(), args.q_lr, args.adam_beta1)
-        self.alpha_optimizer = adam([self.log_alpha], args.alpha_lr, 0.9)
+        self.optimizers = {
+            "policy": adam(self.policy.parameters(), args.policy_lr, args.adam_beta1),
+            "critic": adam(self.critic.parameters(), args.q_lr, args.adam_beta1),
+            "alpha": adam([self.log_alpha], args.alpha_lr, 0.9),
+        }
 
     @torch.no_grad()
     def act(self, obs: np.ndarray, generator: torch.Generator) -> np.ndarray:
@@ -527,9 +529,9 @@ class OMAD(nn.Module):
     def update_critic(self, batch: dict[str, Tensor], generator: torch.Generator) -> Logs:
         noise = self.policy.noise(len(batch["reward"]), generator)
         loss, logs = critic_loss(self.critic.train(), self.target, self.policy, self.log_alpha.detach().exp(), batch, noise, self.args)
-        self.critic_optimizer.zero_grad()
+        self.optimizers["critic"].zero_grad()
         loss.backward()
-        self.critic_optimizer.step()
+        self.optimizers["critic"].step()
         if self.target is not None:
             with torch.no_grad():
                 for slow, fast in zip(self.target.state_dict().values(), self.critic.state_dict().values()):
@@ -539,15 +541,15 @@ class OMAD(nn.Module):
     def update_policies(self, batch: dict[str, Tensor], generator: torch.Generator) -> Logs:
         noise = self.policy.noise(len(batch["reward"]), generator)
         loss, logs, run = policy_loss(self.critic.eval(), self.policy, self.log_alpha.detach().exp(), batch, noise)
-        self.policy_optimizer.zero_grad()
+        self.optimizers["policy"].zero_grad()
         loss.backward(inputs=list(self.policy.parameters()))
         nn.utils.clip_grad_value_(self.policy.parameters(), self.args.policy_grad_clip)
-        self.policy_optimizer.step()
+        self.optimizers["policy"].step()
         loss, alpha_logs = temperature_loss(self.log_alpha, run, self.entropy_target)
         if self.args.autotune:
-            self.alpha_optimizer.zero_grad()
+            self.optimizers["alpha"].zero_grad()
             loss.backward()
-            self.alpha_optimizer.step()
+            self.optimizers["alpha"].step()
         return logs | alpha_logs
 
 
@@ -573,8 +575,8 @@ def evaluate(agent: OMAD, envs: gym.vector.VectorEnv, seed: int) -> np.ndarray:
     return returns
 
 
-def train(args: Args, run_dir: Path, saved: dict | None) -> None:
-    """The whole of training, from the start or from the checkpoint `saved`."""
+def train(args: Args, path: Path, saved: dict | None) -> None:
+    """The whole of training in the run directory `path`, from the start or from the checkpoint `saved`."""
     device = pick_device(args.device)
     torch.manual_seed(args.seed)
     envs, eval_envs = make_vec(args.env_id, args.num_envs), make_vec(args.env_id, args.eval_episodes)
@@ -582,16 +584,15 @@ def train(args: Args, run_dir: Path, saved: dict | None) -> None:
     agent = OMAD(env, args, device)
     replay = Replay(env, min(args.buffer_size, args.total_timesteps + args.num_envs), device)
     generator = torch.Generator(device).manual_seed(args.seed)
-    run = Run(args, run_dir, agent, replay, generator, saved)
+    run = Run(args, path, agent, replay, generator, saved)
     run.announce(env)
-    updates_per_iteration = round(args.updates_per_step * args.num_envs)
-
     if run.step == 0:
         run.evaluate_and_save(eval_envs)
     # After every checkpoint, resumed or not, the environments start again from a seed that the step determines.
     restart = lambda: envs.reset(seed=_seed(args.seed, run.step))
     obs, info = restart()
     state = info["state"]
+
     while run.step < args.total_timesteps:
         # Act.
         if run.step < args.learning_starts:
@@ -612,7 +613,7 @@ def train(args: Args, run_dir: Path, saved: dict | None) -> None:
 
         # Learn.
         if run.step > args.learning_starts:
-            for _ in range(updates_per_iteration):
+            for _ in range(round(args.updates_per_step * args.num_envs)):
                 batch = replay.sample(args.batch_size, generator)
                 run.log(agent.update_critic(batch, generator))
                 run.updates += 1
@@ -644,16 +645,15 @@ class FailedRun(Exception):
 
 
 class Run:
-    """What a run writes to its directory (config.json, TensorBoard events, eval.csv, checkpoint.pt, curve.png) and prints."""
+    """One run: its counters, what it prints, and what it writes to its directory."""
 
     def __init__(self, args: Args, path: Path, agent: OMAD, replay: Replay, generator: torch.Generator, saved: dict | None):
         self.args, self.path, self.agent, self.replay, self.generator = args, path, agent, replay, generator
-        self.optimizers = dict(policy=agent.policy_optimizer, critic=agent.critic_optimizer, alpha=agent.alpha_optimizer)
         self.step, self.updates, self.last_return, self.rows, self.seconds_before = 0, 0, math.nan, [], 0.0
         if saved:
             self.restore(saved)
-        self.pending: dict[str, list[tuple[int, Tensor]]] = {}  # scalars still on the device
-        self.writer = SummaryWriter(str(path), purge_step=self.step + 1 if saved else None)
+        self.pending: list[tuple[int, str, Tensor]] = []  # scalars still on the device: (step, name, value)
+        self.writer = SummaryWriter(str(path), purge_step=self.step + 1 if saved else 0)
         self.started = self.reported = time.time()
         self.reported_step = self.step
 
@@ -667,7 +667,6 @@ class Run:
         print(f"networks  {args.policy} policies {count(agent.policy)}, critics {count(agent.critic)}")
         print(f"expected  about {_duration(seconds)} from step {self.step:,} to {args.total_timesteps:,}")
         print(f"logs      {self.path}    (watch: tensorboard --logdir {self.path.parent})", flush=True)
-        self.started = self.reported = time.time()
 
     @property
     def seconds(self) -> float:
@@ -676,17 +675,22 @@ class Run:
 
     def log(self, scalars: Logs) -> None:
         """Keeps scalars on the device until the next report, so that an update never waits for a copy."""
-        for name, value in scalars.items():
-            self.pending.setdefault(name, []).append((self.step, value))
+        self.pending += [(self.step, name, value) for name, value in scalars.items()]
 
     def flush(self) -> None:
-        """Copies the pending scalars to the host, stops the run if one is not finite, and writes their means to TensorBoard."""
-        for name, entries in self.pending.items():
-            values = torch.stack([value for _, value in entries]).cpu()
-            bad = (~values.isfinite()).nonzero().flatten().tolist()
-            if bad:
-                self.fail(f"{name} is {values[bad[0]].item()}", entries[bad[0]][0])
-            self.writer.add_scalar(name, values.mean(), self.step)
+        """Copies the pending scalars to the host, stops the run if one is not finite, writes their means to TensorBoard."""
+        if not self.pending:
+            return
+        values = torch.stack([value for _, _, value in self.pending]).cpu()
+        bad = (~values.isfinite()).nonzero().flatten().tolist()
+        if bad:
+            step, name, _ = self.pending[bad[0]]
+            self.fail(f"{name} is {values[bad[0]].item()}", step)
+        by_name: dict[str, list[float]] = {}
+        for (_, name, _), value in zip(self.pending, values.tolist()):
+            by_name.setdefault(name, []).append(value)
+        for name, series in by_name.items():
+            self.writer.add_scalar(name, np.mean(series), self.step)
         self.pending.clear()
 
     def check_finite(self, quantity: str, values: np.ndarray) -> None:
@@ -695,8 +699,12 @@ class Run:
             self.fail(f"{quantity} is not finite", self.step)
 
     def fail(self, what: str, step: int) -> None:
-        save(self.path / "failed.pt", self.checkpoint())
-        raise FailedRun(f"step {step}: {what}; state saved to {self.path / 'failed.pt'}, the last good one is {self.path / 'checkpoint.pt'}")
+        try:
+            write(self.path / "failed.pt", lambda file: torch.save(self.checkpoint(), file))
+            saved = f"state saved to {self.path / 'failed.pt'}"
+        except FailedRun as error:
+            saved = str(error)
+        raise FailedRun(f"step {step}: {what}; {saved}; the last good state is in {self.path / 'checkpoint.pt'}")
 
     def episodes(self, returns: np.ndarray, lengths: np.ndarray) -> None:
         self.last_return = float(returns.mean())
@@ -708,10 +716,10 @@ class Run:
         now, terminal = time.time(), sys.stdout.isatty()
         if now - self.reported < (2 if terminal else 30):
             return
-        rate = (self.step - self.reported_step) / (now - self.reported)
-        alpha, total = self.agent.log_alpha.exp().item(), self.args.total_timesteps
-        line = f"step {self.step:,}/{total:,} | {rate:,.0f} steps/s | last return {self.last_return:.1f} | alpha {alpha:.4f}"
-        print(f"{line} | {_duration((total - self.step) / rate)} left   ", end="\r" if terminal else "\n", flush=True)
+        rate, total = (self.step - self.reported_step) / (now - self.reported), self.args.total_timesteps
+        line = f"step {self.step:,}/{total:,} | {rate:,.0f} steps/s | last return {self.last_return:.1f}"
+        line += f" | alpha {self.agent.log_alpha.exp().item():.4f} | {_duration((total - self.step) / rate)} left"
+        print(f"{line:<100}", end="\r" if terminal else "\n", flush=True)
         self.writer.add_scalar("charts/steps_per_second", rate, self.step)
         self.flush()
         self.reported, self.reported_step = now, self.step
@@ -721,12 +729,13 @@ class Run:
         returns = evaluate(self.agent, envs, _seed(self.args.seed, 1))
         mean, std = float(returns.mean()), float(returns.std())
         self.rows.append(dict(step=self.step, wall_time_s=round(self.seconds, 1), return_mean=mean, return_std=std, episodes=len(returns)))
-        print(f"eval at step {self.step:,} after {_duration(self.seconds)}: return {mean:.2f} ± {std:.2f} over {len(returns)} episodes", flush=True)
+        line = f"eval at step {self.step:,} after {_duration(self.seconds)}: return {mean:.2f} ± {std:.2f} over {len(returns)} episodes"
+        print(f"{line:<100}", flush=True)
         self.writer.add_scalar("eval/return_mean", mean, self.step)
         self.writer.add_scalar("eval/return_std", std, self.step)
-        table = [",".join(self.rows[0]), *(",".join(map(str, row.values())) for row in self.rows)]
-        write(self.path / "eval.csv", ("\n".join(table) + "\n").encode())
-        save(self.path / "checkpoint.pt", self.checkpoint())
+        lines = [",".join(self.rows[0]), *(",".join(map(str, row.values())) for row in self.rows)]
+        write(self.path / "eval.csv", lambda file: file.write("".join(f"{line}\n" for line in lines).encode()))
+        write(self.path / "checkpoint.pt", lambda file: torch.save(self.checkpoint(), file))
         self.reported, self.reported_step = time.time(), self.step
 
     def finish(self) -> None:
@@ -741,65 +750,90 @@ class Run:
         return {
             "format": FORMAT, "args": dataclasses.asdict(self.args), "step": self.step, "updates": self.updates,
             "agent": self.agent.state_dict(), "replay": self.replay.state_dict(), "generator": self.generator.get_state(),
-            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.agent.optimizers.items()},
             "last_return": self.last_return, "rows": self.rows, "seconds": self.seconds,
         }  # fmt: skip
 
     def restore(self, saved: dict) -> None:
-        with _must_fit(self.path):
+        with _must_fit(self.path / "checkpoint.pt"):
             self.agent.load_state_dict(saved["agent"])
             self.replay.load_state_dict(saved["replay"])
             self.generator.set_state(saved["generator"])
-            for name, optimizer in self.optimizers.items():
+            for name, optimizer in self.agent.optimizers.items():
                 optimizer.load_state_dict(saved["optimizers"][name])
             self.step, self.updates, self.last_return = saved["step"], saved["updates"], saved["last_return"]
             self.rows, self.seconds_before = saved["rows"], saved["seconds"]
 
 
 @contextlib.contextmanager
-def _must_fit(run_dir: Path):
-    """Loading a checkpoint whose parts are missing or of other sizes is bad input, not a bug."""
+def _must_fit(path: Path):
+    """A file of a run whose parts are missing or of other sizes is bad input, not a bug."""
     try:
         yield
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise BadInput(f"{run_dir / 'checkpoint.pt'}: does not fit this omad.py: {type(error).__name__}: {reason}") from error
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise BadInput(f"{path}: does not fit this omad.py: {reason[:200]}") from error
 
 
-def write(path: Path, content: bytes) -> None:
+def write(path: Path, dump: Callable[[BinaryIO], object]) -> None:
     """Writes under a temporary name, then renames: after a crash or on a full disk the old file is still there."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(content)
+            dump(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # torch.save wraps a full disk in a RuntimeError
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         kept = "; the file from before is kept" if path.exists() else ""
-        raise FailedRun(f"cannot write {path}: {error.strerror}{kept}") from error
+        raise FailedRun(f"cannot write {path}: {str(error).splitlines()[0]}{kept}") from error
 
 
-def save(path: Path, checkpoint: dict) -> None:
-    buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)
-    write(path, buffer.getbuffer())
+def write_config(path: Path, args: Args) -> None:
+    packages = ("torch", "numpy", "gymnasium", "pettingzoo", "mpe2", "tyro", "tensorboard")
+    git = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True)
+    config = {
+        "args": dataclasses.asdict(args), "python": sys.version.split()[0], "git_revision": git.stdout.strip() or "unknown",
+        "packages": {name: importlib.metadata.version(name) for name in packages},
+    }  # fmt: skip
+    write(path / "config.json", lambda file: file.write(json.dumps(config, indent=2).encode()))
 
 
-def load(run_dir: str) -> dict:
-    """The checkpoint in a run directory. It is data from outside: nothing in it is executed."""
-    path = Path(run_dir) / "checkpoint.pt"
-    if not path.is_file():
-        raise BadInput(f"{path}: no such file; give the directory of a run, as its 'logs' line printed it")
+def make_run_dir(args: Args) -> Path:
+    """A new run directory. It gets its name when config.json is inside, so that a run can be resumed from its first moment."""
+    path = Path(args.run_dir) / f"{args.env_id}__omad__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    path = next(p for p in (path, *(path.with_name(f"{path.name}-{i}") for i in range(2, 10_000))) if not p.exists())
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds here
-        raise BadInput(f"{path}: not a readable checkpoint (cut short, or not written by omad.py): {type(error).__name__}") from error
-    if not isinstance(saved, dict) or saved.get("format") != FORMAT:
-        raise BadInput(f"{path}: not a checkpoint of this version of omad.py (format {FORMAT})")
-    return saved
+        temporary.mkdir(parents=True)
+        write_config(temporary, args)
+        temporary.rename(path)
+    except (OSError, FailedRun) as error:
+        raise BadInput(f"--run-dir {args.run_dir}: cannot be written: {error}") from error
+    return path
+
+
+def load(run_dir: str) -> tuple[Args, dict | None]:
+    """Arguments and checkpoint of a run; no checkpoint if it was killed before the first. Nothing in the files is executed."""
+    config, path = Path(run_dir) / "config.json", Path(run_dir) / "checkpoint.pt"
+    if path.is_file():
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises many kinds here
+            raise BadInput(f"{path}: not a readable checkpoint (cut short, or not written by omad.py): {type(error).__name__}") from error
+        if not isinstance(saved, dict) or saved.get("format") != FORMAT:
+            raise BadInput(f"{path}: not a checkpoint of this version of omad.py (format {FORMAT})")
+    elif config.is_file():
+        saved = None
+    else:
+        raise BadInput(f"{run_dir}: no run there; give the directory that a run printed behind 'logs'")
+    with _must_fit(path if saved else config):
+        args = Args(**(saved["args"] if saved else json.loads(config.read_bytes())["args"]))
+        args = dataclasses.replace(args, resume="", evaluate="", capture_video=False)
+        validate(args)
+    return args, saved
 
 
 def draw_curve(path: Path, args: Args, rows: list[dict]) -> None:
@@ -816,10 +850,8 @@ def draw_curve(path: Path, args: Args, rows: list[dict]) -> None:
     axis.set(xlabel="environment steps", ylabel="team return", title=f"OMAD ({args.policy} policy), {args.env_id}, seed {args.seed}")
     axis.legend(loc="lower right")
     axis.grid(alpha=0.3)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=120)
+    write(path, lambda file: figure.savefig(file, dpi=120, format="png"))
     plt.close(figure)
-    write(path, buffer.getvalue())
 
 
 def record_video(agent: OMAD, args: Args, folder: Path, episodes: int = 4) -> None:
@@ -837,18 +869,11 @@ def record_video(agent: OMAD, args: Args, folder: Path, episodes: int = 4) -> No
 
 
 def estimate_seconds(env: TeamEnv, args: Args, device: torch.device) -> float:
-    """Expected seconds of the whole run, from a few updates and steps of a throwaway agent on this machine."""
+    """Expected seconds of the whole run, from a few updates and one episode of a throwaway agent on this machine."""
     with torch.random.fork_rng():
         agent, replay, generator = OMAD(env, args, device), Replay(env, 1, device), torch.Generator(device).manual_seed(0)
     replay.added = 1  # one empty transition
-    obs = np.zeros((args.num_envs, *env.obs_mask.shape), np.float32)
-
-    def seconds(function, repeats=5):
-        function()  # the first call is slower
-        start = time.perf_counter()
-        for _ in range(repeats):
-            function()
-        return (time.perf_counter() - start) / repeats
+    length = min(TASKS[args.env_id].horizon, 25)
 
     def learn():
         for _ in range(args.policy_frequency):
@@ -861,10 +886,17 @@ def estimate_seconds(env: TeamEnv, args: Args, device: torch.device) -> float:
         for _ in range(length):
             env.step(np.zeros(env.action_space.shape))
 
-    length = min(TASKS[args.env_id].horizon, 25)
+    def seconds(function, repeats=5):
+        function()  # the first call is slower
+        start = time.perf_counter()
+        for _ in range(repeats):
+            function()
+        return (time.perf_counter() - start) / repeats
+
+    act = seconds(lambda: agent.act(np.zeros((args.num_envs, *env.obs_mask.shape), np.float32), generator)) / args.num_envs
     evaluation = args.eval_episodes * TASKS[args.env_id].horizon / args.eval_every  # evaluation steps per training step
-    per_step = seconds(episode) / length * (1 + evaluation) + seconds(lambda: agent.act(obs, generator)) / args.num_envs
-    return args.total_timesteps * (per_step + seconds(learn) * args.updates_per_step / args.policy_frequency)
+    per_step = seconds(episode) / length * (1 + evaluation) + act + seconds(learn) * args.updates_per_step / args.policy_frequency
+    return args.total_timesteps * per_step
 
 
 def _duration(seconds: float) -> str:
@@ -876,21 +908,42 @@ def _seed(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1)[0] // 2)
 
 
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def validate(args: Args) -> None:
+    """Raises `BadInput` for a number out of range, or for numbers that contradict each other."""
+    check_task(args.env_id)
+    for name, (low, high) in LIMITS.items():
+        if not low <= getattr(args, name) <= high:
+            allowed = f"at least {low}" + (f" and at most {high}" if high < math.inf else "")
+            raise BadInput(f"{_flag(name)} {getattr(args, name)} is out of range: it must be {allowed}")
+    per_iteration = args.updates_per_step * args.num_envs
+    if round(per_iteration) < 1 or abs(per_iteration - round(per_iteration)) > 1e-6:
+        raise BadInput(f"--updates-per-step {args.updates_per_step} times --num-envs {args.num_envs} must be a whole number of updates, at least 1")
+    for low, high in (("v_min", "v_max"), ("learning_starts", "total_timesteps")):
+        if getattr(args, low) >= getattr(args, high):
+            raise BadInput(f"{_flag(low)} {getattr(args, low)} must be below {_flag(high)} {getattr(args, high)}")
+    for name in ("eval_every", "buffer_size"):
+        if getattr(args, name) < args.num_envs:
+            raise BadInput(f"{_flag(name)} {getattr(args, name)} must be at least --num-envs {args.num_envs}")
+
+
 def parse(argv: list[str]) -> tuple[Args, dict | None]:
     """Command line -> arguments, and the checkpoint if a run is continued or evaluated. Raises `BadInput`."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for flag in ("--env-id", "--resume", "--evaluate"):  # these decide the other flags' defaults
-        first.add_argument(flag, nargs="?", default="")
-    early = first.parse_known_args([part.replace("_", "-", 1) if part.startswith("--env_id") else part for part in argv])[0]
-    saved = None
-    if early.resume or early.evaluate:
-        saved = load(early.resume or early.evaluate)
-        with _must_fit(Path(early.resume or early.evaluate)):
-            default = dataclasses.replace(Args(**saved["args"]), resume="", evaluate="", capture_video=False)
-            validate(default)
+    peek = {"--env-id": Args.env_id, "--resume": "", "--evaluate": ""}  # these decide the other flags' defaults
+    for part, following in zip(argv, [*argv[1:], "--"]):
+        flag, equals, value = part.partition("=")
+        if flag.replace("_", "-") in peek and (equals or not following.startswith("--")):
+            peek[flag.replace("_", "-")] = value if equals else following
+    old = peek["--resume"] or peek["--evaluate"]
+    if old:
+        default, saved = load(old)
     else:
-        check_task(early.env_id or Args.env_id)
-        default = Args(env_id=early.env_id or Args.env_id, **PRESETS[early.env_id or Args.env_id])
+        check_task(peek["--env-id"])
+        default, saved = Args(env_id=peek["--env-id"], **PRESETS[peek["--env-id"]]), None
+
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
@@ -898,56 +951,34 @@ def parse(argv: list[str]) -> tuple[Args, dict | None]:
     except SystemExit as stop:
         if not stop.code:
             raise  # --help
-        reason = re.split(r"\s-{9,}\s", errors.getvalue())  # the text between tyro's rules
+        reason = re.split(r"\s-{9,}\s", errors.getvalue())  # tyro's message stands between two rules
         raise BadInput(" ".join(reason[min(1, len(reason) - 1)].split())) from None
     if unknown:
-        flags = ["--" + field.name.replace("_", "-") for field in dataclasses.fields(Args)]
-        near = difflib.get_close_matches(unknown[0], flags, n=3)
-        raise BadInput(f"unknown argument '{unknown[0]}'" + (f"; did you mean {' or '.join(near)}?" if near else "; --help lists the flags"))
+        near = difflib.get_close_matches(unknown[0], [_flag(field.name) for field in dataclasses.fields(Args)])
+        raise BadInput(f"unknown argument '{unknown[0]}'; " + (f"did you mean {' or '.join(near)}?" if near else "--help lists the flags"))
     validate(args)
-    if saved:
-        free = {"evaluate", "seed", "eval_episodes"} if args.evaluate else {"resume", "total_timesteps"}
-        changed = [f.name for f in dataclasses.fields(Args) if getattr(args, f.name) != getattr(default, f.name)]
-        for name in set(changed) - free - {"device", "torch_threads", "capture_video"}:
-            raise BadInput(f"--{name.replace('_', '-')} cannot be changed with --{'evaluate' if args.evaluate else 'resume'}: the run has {getattr(default, name)}")
+    if old:
+        if args.evaluate and not saved:
+            raise BadInput(f"{old}: no checkpoint.pt there yet; python omad.py --resume {old} goes on with the run")
+        free = {"resume", "evaluate", "device", "torch_threads", "capture_video"}
+        free |= {"seed", "eval_episodes"} if args.evaluate else {"total_timesteps"}
+        for name, value in dataclasses.asdict(default).items():
+            if getattr(args, name) != value and name not in free:
+                raise BadInput(f"{_flag(name)} cannot be changed for the run in {old}, which has {value}")
     return args, saved
 
 
-def validate(args: Args) -> None:
-    """Raises `BadInput` for a number out of range, or for numbers that contradict each other."""
-    check_task(args.env_id)
-    flag = lambda name: "--" + name.replace("_", "-")
-    for name, (low, high) in LIMITS.items():
-        if not low <= getattr(args, name) <= high:
-            raise BadInput(f"{flag(name)} {getattr(args, name)} is out of range: it must be at least {low}" + (f" and at most {high}" if high < math.inf else ""))
-    per_iteration = args.updates_per_step * args.num_envs
-    if round(per_iteration) < 1 or abs(per_iteration - round(per_iteration)) > 1e-6:
-        raise BadInput(f"--updates-per-step {args.updates_per_step} times --num-envs {args.num_envs} must be a whole number of updates, at least 1")
-    if not args.v_min < args.v_max:
-        raise BadInput(f"--v-min {args.v_min} must be below --v-max {args.v_max}")
-    for name in ("eval_every", "buffer_size"):
-        if getattr(args, name) < args.num_envs:
-            raise BadInput(f"{flag(name)} {getattr(args, name)} must be at least --num-envs {args.num_envs}")
-    if args.learning_starts >= args.total_timesteps:
-        raise BadInput(f"--learning-starts {args.learning_starts} must be below --total-timesteps {args.total_timesteps}, or nothing is learned")
-
-
-def make_run_dir(args: Args) -> Path:
-    """A new run directory, made with its config.json inside before it gets its name."""
-    path = Path(args.run_dir) / f"{args.env_id}__omad__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    path = next(p for p in (path, *(path.with_name(f"{path.name}-{i}") for i in range(2, 10_000))) if not p.exists())
-    packages = ("torch", "numpy", "gymnasium", "pettingzoo", "mpe2", "tyro", "tensorboard")
-    git = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True)
-    config = {
-        "args": dataclasses.asdict(args), "python": sys.version.split()[0], "git_revision": git.stdout.strip() or "unknown",
-        "packages": {name: importlib.metadata.version(name) for name in packages},
-    }  # fmt: skip
-    try:
-        path.mkdir(parents=True)
-        write(path / "config.json", json.dumps(config, indent=2).encode())
-    except (OSError, FailedRun) as error:
-        raise BadInput(f"--run-dir {args.run_dir}: cannot write there: {getattr(error, 'strerror', error)}") from error
-    return path
+def evaluate_run(args: Args, saved: dict) -> None:
+    """--evaluate: the return of a saved run. With the run's own seed it repeats the last row of its eval.csv."""
+    envs = make_vec(args.env_id, args.eval_episodes)
+    agent = OMAD(envs.envs[0].unwrapped, args, pick_device(args.device))
+    with _must_fit(Path(args.evaluate) / "checkpoint.pt"):
+        agent.load_state_dict(saved["agent"])
+    returns = evaluate(agent, envs, _seed(args.seed, 1))
+    result = f"return {returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} episodes"
+    print(f"{args.env_id}, {args.policy} policy, step {saved['step']:,}: {result}")
+    if args.capture_video:
+        record_video(agent, args, Path(args.evaluate) / "videos")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -957,11 +988,15 @@ def main(argv: list[str] | None = None) -> int:
         args, saved = parse(sys.argv[1:] if argv is None else argv)
         if args.torch_threads:
             torch.set_num_threads(args.torch_threads)
+        pick_device(args.device)
         if args.evaluate:
             evaluate_run(args, saved)
-        else:
-            path = Path(args.resume) if args.resume else make_run_dir(args)
-            train(args, path, saved)
+            return 0
+        path = Path(args.resume) if args.resume else make_run_dir(args)
+        if args.resume:
+            write_config(path, args)
+        train(args, path, saved)
+        return 0
     except (BadInput, UnknownTask) as error:
         print(f"omad.py: error: {error}", file=sys.stderr)
         return 2
@@ -969,21 +1004,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"omad.py: failed: {error}", file=sys.stderr)
         return 3
     except KeyboardInterrupt:
-        print(f"\nomad.py: interrupted; go on with: python omad.py --resume {path}", file=sys.stderr)
+        print(f"omad.py: interrupted; go on with: python omad.py --resume {path}", file=sys.stderr)
         return 130
-    return 0
-
-
-def evaluate_run(args: Args, saved: dict) -> None:
-    """--evaluate: the return of a saved run. With the run's own seed it repeats the last row of its eval.csv."""
-    envs = make_vec(args.env_id, args.eval_episodes)
-    agent = OMAD(envs.envs[0].unwrapped, args, pick_device(args.device))
-    with _must_fit(Path(args.evaluate)):
-        agent.load_state_dict(saved["agent"])
-    returns = evaluate(agent, envs, _seed(args.seed, 1))
-    print(f"{args.env_id}, {args.policy} policy, step {saved['step']:,}: return {returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} episodes")
-    if args.capture_video:
-        record_video(agent, args, Path(args.evaluate) / "videos")
 
 
 if __name__ == "__main__":
