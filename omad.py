@@ -213,7 +213,7 @@ class DiffusionPolicy(nn.Module):
         self.register_buffer("schedule", schedule[:, None, None, None], persistent=False)  # [K, 1, 1, 1]
         self.rho_dt = nn.Parameter(torch.full([n, 1, 1], _inverse_softplus(0.1)))
         self.rho_friction = nn.Parameter(torch.full([n, 1, a], _inverse_softplus(1.0)))
-        # Time embedding of the integer step: Fourier features with a learned phase, then a small network.
+        # Time embedding of the integer step: H Fourier features [deviation D3] with a learned phase, then a small network.
         self.register_buffer("frequency", torch.linspace(0.1, 100.0, hidden)[None, None], persistent=False)
         self.phase = nn.Parameter(torch.zeros(n, 1, hidden))
         self.time1, self.time2 = ParallelLinear(n, 2 * hidden, hidden), ParallelLinear(n, hidden, hidden)
@@ -249,7 +249,7 @@ class DiffusionPolicy(nn.Module):
         x = self.INIT_STD * noise[0]  # [N, B, A]
         chain = [x]
         for k in range(self.steps):
-            h = F.gelu(self.in_x(x) + from_obs + from_time[k])
+            h = F.gelu(self.in_x(x) + from_obs + from_time[k])  # exact, not the tanh approximation [deviation D2]
             u = self.out(F.gelu(self.hidden2(F.gelu(self.hidden1(h)))))
             x = torch.addcmul(torch.addcmul(kick[k], decay[k], x), masked_eta[k], u)
             chain.append(x)
@@ -588,7 +588,7 @@ def train(args: Args, path: Path, saved: dict | None) -> None:
     run.announce(env)
     if run.step == 0:
         run.evaluate_and_save(eval_envs)
-    # After every checkpoint, resumed or not, the environments start again from a seed that the step determines.
+    # After every checkpoint, resumed or not, the environments start again from a seed that the step determines [deviation D4].
     restart = lambda: envs.reset(seed=_seed(args.seed, run.step))
     obs, info = restart()
     state = info["state"]

@@ -1,0 +1,84 @@
+"""The table and the picture of committed results.
+
+    python runs/summary.py                       # everything under runs/results
+    python runs/summary.py runs/results/omad runs/results/omad_gaussian --picture compare.png
+
+A folder holds the runs of one variant, one per seed. The table shows, over seeds (mean ± standard deviation): the last and the
+best evaluation, and the wall time and steps until the first evaluation at or above the threshold. Last and best are never mixed.
+"""
+
+import csv
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import tyro
+
+
+@dataclass(frozen=True)
+class Options:
+    """Table and picture of finished runs."""
+
+    folders: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """folders with runs in them; all of runs/results if none is given"""
+    threshold: float = -13.0
+    """level whose first reaching is timed"""
+    picture: Path = Path(__file__).parent / "results" / "curves.png"
+    """where the picture goes"""
+
+
+def read(folder: Path) -> list[tuple[dict, dict[str, np.ndarray]]]:
+    """(arguments, columns of eval.csv) of every run in a folder, by seed."""
+    runs = []
+    for path in sorted(folder.glob("*/eval.csv")):
+        rows = list(csv.DictReader(path.open()))
+        runs.append((json.loads((path.parent / "config.json").read_text())["args"], {key: np.array([float(row[key]) for row in rows]) for key in rows[0]}))
+    return sorted(runs, key=lambda run: run[0]["seed"])
+
+
+def spread(values: list[float], digits: int) -> str:
+    known = [value for value in values if not np.isnan(value)]
+    if not known:
+        return "never"
+    text = f"{np.mean(known):,.{digits}f}" + (f" ± {np.std(known, ddof=1):,.{digits}f}" if len(known) > 1 else "")
+    return text + (f" ({len(known)} of {len(values)})" if len(known) < len(values) else "")
+
+
+def main() -> None:
+    options = tyro.cli(Options)
+    folders = options.folders or sorted({path.parent.parent for path in (Path(__file__).parent / "results").glob("*/*/eval.csv")})
+    figure, (by_step, by_time) = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
+    print(f"| variant | seeds | steps | last return | best return | seconds to {options.threshold:g} | steps to {options.threshold:g} | minutes |")
+    print("|---|---|---|---|---|---|---|---|")
+    for i, folder in enumerate(folders):
+        columns = [run for _, run in read(folder)]
+        reached = [np.flatnonzero(run["return_mean"] >= options.threshold) for run in columns]
+        first = lambda key: [run[key][at[0]] if len(at) else np.nan for run, at in zip(columns, reached)]
+        seeds = ", ".join(str(args["seed"]) for args, _ in read(folder))
+        print(
+            f"| {folder.name} | {seeds} | {columns[0]['step'][-1]:,.0f} | {spread([run['return_mean'][-1] for run in columns], 2)}"
+            f" | {spread([run['return_mean'].max() for run in columns], 2)} | {spread(first('wall_time_s'), 0)} | {spread(first('step'), 0)}"
+            f" | {spread([run['wall_time_s'][-1] / 60 for run in columns], 1)} |"
+        )
+        for k, run in enumerate(columns):
+            style = dict(color=f"C{i}", alpha=0.8, label=folder.name if k == 0 else None)
+            by_step.plot(run["step"], run["return_mean"], **style)
+            by_time.plot(run["wall_time_s"] / 60, run["return_mean"], **style)
+    for axis, label in ((by_step, "environment steps"), (by_time, "minutes")):
+        axis.axhline(options.threshold, color="grey", linestyle=":", linewidth=1)
+        axis.set(xlabel=label, xscale="log", ylim=(-30, None))
+        axis.grid(alpha=0.3)
+    by_step.set(ylabel="team return", xlim=(5e3, None))
+    by_time.set(xlim=(0.3, None))
+    by_step.legend(loc="lower right")
+    figure.savefig(options.picture, dpi=120)
+    print(f"\npicture: {options.picture}")
+
+
+if __name__ == "__main__":
+    main()
