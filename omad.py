@@ -259,7 +259,7 @@ class DiffusionPolicy(nn.Module):
         x_n, x_next = torch.stack(chain[:-1]), torch.stack(chain[1:])  # [K, N, B, A]
         nu = x_next * decay
         log_w = (noise[1:] ** 2 / 2 - (x_n - nu) ** 2 / (4 * eta)).sum(0)  # [N, B, A]
-        run = -(log_w + _log_tanh_derivative(x)) * self.action_mask  # [OMAD run]
+        run = -(log_w + _log_tanh_derivative(x))  # [OMAD run]; zero on padding, where x never leaves zero
         term = (-(noise[0] ** 2) / 2 - math.log(self.INIT_STD) - 0.5 * math.log(2 * math.pi)) * self.action_mask  # [OMAD term]
         return torch.tanh(x).transpose(0, 1), run.sum(-1).T, term.sum(-1).T
 
@@ -392,10 +392,10 @@ def project(probs: Tensor, shifted: Tensor, atoms: Tensor) -> Tensor:
     Places outside the support are clipped to its ends.
     """
     step = (atoms[-1] - atoms[0]) / (len(atoms) - 1)
-    place = ((shifted.clamp(atoms[0], atoms[-1]) - atoms[0]) / step).clamp(0, len(atoms) - 1)  # in units of atoms
+    place = (shifted.clamp(atoms[0], atoms[-1]) - atoms[0]) / step  # in units of atoms, 0 .. Z - 1
     lower = place.floor().clamp(max=len(atoms) - 2)
     share = place - lower  # of the upper neighbour
-    index = lower.long().clamp(0, len(atoms) - 2)  # a NaN must end in the loss, where it is reported, not as a wild index
+    index = lower.long().clamp(min=0)  # a NaN must end in the loss, where it is reported, not as a wild index
     return torch.zeros_like(probs).scatter_add_(-1, index, probs * (1 - share)).scatter_add_(-1, index + 1, probs * share)
 
 
