@@ -2,7 +2,7 @@
 
     python omad.py --env-id mpe_simple_spread              # learns on a laptop CPU within minutes
     python omad.py --evaluate runs/<run>                   # mean and std of the return of a saved run
-    python omad.py --resume runs/<run>                     # goes on after a crash, as if it had not happened
+    python omad.py --resume runs/<run>                     # goes on after a crash; on the CPU as if it had not happened
     tensorboard --logdir runs                              # watch it
 
 Method: "Diffusing to Coordinate: Efficient Online Multi-Agent Diffusion Policies", arXiv 2602.18291, equations [OMAD ...].
@@ -29,13 +29,15 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, BinaryIO, Literal
+from typing import Annotated, BinaryIO, Literal, get_args, get_origin
 
 import gymnasium as gym
 import numpy as np
@@ -72,7 +74,7 @@ class Args:
     torch_threads: int = 1
     """CPU threads for torch; one is fastest at the widths of the MPE presets, 0 leaves torch's own choice"""
     eval_every: int = 50_000
-    """environment steps between evaluations; each also writes the checkpoint"""
+    """environment steps between evaluations; each also writes the checkpoint and restarts the training environments"""
     eval_episodes: int = 10
     """episodes per evaluation, one environment each"""
     run_dir: str = "runs"
@@ -145,14 +147,15 @@ class Args:
     """the entropy target is this times the joint action dimension, compared with the running cost [OMAD temperature]"""
 
 
+MANY = 10**12
 LIMITS = {  # smallest and largest value allowed
-    "seed": (0, 2**31 - 1), "total_timesteps": (1, math.inf), "num_envs": (1, 4096), "torch_threads": (0, 4096),
-    "eval_every": (1, math.inf), "eval_episodes": (1, 4096), "learning_starts": (0, math.inf), "buffer_size": (1, math.inf),
-    "batch_size": (2, math.inf), "gamma": (0.0, 1.0), "updates_per_step": (1e-4, 1e3), "policy_frequency": (1, 10**6),
-    "policy_lr": (1e-12, math.inf), "q_lr": (1e-12, math.inf), "adam_beta1": (0.0, 0.9999), "denoising_steps": (1, 1000),
-    "policy_hidden": (1, 10**5), "policy_grad_clip": (1e-12, math.inf), "critic_hidden": (1, 10**5), "num_atoms": (2, 10**5),
+    "seed": (0, 2**31 - 1), "total_timesteps": (1, MANY), "num_envs": (1, 4096), "torch_threads": (0, 4096),
+    "eval_every": (1, MANY), "eval_episodes": (1, 4096), "learning_starts": (0, MANY), "buffer_size": (1, MANY),
+    "batch_size": (2, MANY), "gamma": (0.0, 1.0), "updates_per_step": (1e-4, 1e3), "policy_frequency": (1, MANY),
+    "policy_lr": (1e-12, 1e12), "q_lr": (1e-12, 1e12), "adam_beta1": (0.0, 0.9999), "denoising_steps": (1, 1000),
+    "policy_hidden": (1, MANY), "policy_grad_clip": (1e-12, math.inf), "critic_hidden": (1, MANY), "num_atoms": (2, MANY),
     "v_min": (-1e9, 1e9), "v_max": (-1e9, 1e9), "critic_entropy_coef": (0.0, 1e3), "bn_momentum": (0.0, 1.0),
-    "bn_warmup": (0, math.inf), "tau": (0.0, 1.0), "alpha": (1e-12, 1e6), "alpha_lr": (1e-12, math.inf),
+    "bn_warmup": (0, MANY), "tau": (0.0, 1.0), "alpha": (1e-12, 1e6), "alpha_lr": (1e-12, 1e12),
     "target_entropy_scale": (-1e3, 1e3),
 }  # fmt: skip
 
@@ -163,7 +166,12 @@ MPE = dict(
     updates_per_step=0.25, policy_lr=1e-3, q_lr=1e-3, policy_hidden=64, critic_hidden=128, v_min=-30.0, v_max=10.0,
     bn_warmup=5_000, alpha=0.005,
 )  # fmt: skip
-PRESETS: dict[str, dict] = {env_id: MPE for env_id in TASKS}
+PRESETS: dict[str, dict] = {
+    "mpe_simple_spread": MPE,
+    "mpe_simple_spread_n4": MPE | dict(v_min=-60.0),
+    "mpe_simple_reference": MPE | dict(v_min=-60.0),
+    "mpe_simple_speaker_listener": MPE | dict(v_min=-90.0),
+}
 
 # ============================================================================================================================
 # 2. Policy
@@ -222,7 +230,7 @@ class DiffusionPolicy(nn.Module):
         fan_in = action_mask.sum(1) + obs_mask.sum(1) + hidden
         self.in_x, self.in_obs, self.in_time = (ParallelLinear(n, size, hidden, fan_in) for size in (a, o, hidden))
         self.hidden1, self.hidden2, self.out = (ParallelLinear(n, hidden, size) for size in (hidden, hidden, a))
-        nn.init.normal_(self.out.weight, std=1e-4)  # "near zero": the chain starts as pure noise [DIME]
+        nn.init.normal_(self.out.weight, std=1e-4)  # near zero [DIME]: the chain starts as noise
 
     def noise(self, batch: int, generator: torch.Generator) -> Tensor:
         """All the randomness of one chain: [K + 1, B, N, A] standard normal numbers."""
@@ -268,10 +276,11 @@ class GaussianPolicy(nn.Module):
     """N independent squashed Gaussian policies behind the interface of `DiffusionPolicy`: the ablation.
 
     C_i = log pi_i(a_i | o_i) is exact. It is split into run + term with term = E[log N(x_0; 0, 2.5^2 I)], the constant that the
-    diffusion policy's term has on average, so that the temperature's target on `run` asks both for the same entropy.
+    diffusion policy's term has on average, so that the temperature's target on `run` asks both for the same E[C]. That is the
+    true entropy here and only a bound on it there; and this policy starts as a narrow Gaussian, the other one as wide noise.
     """
 
-    LOG_STD = (-5.0, 2.0)
+    LOG_STD = (-5.0, 2.0)  # bounds, as in common SAC implementations
 
     def __init__(self, obs_mask: Tensor, action_mask: Tensor, hidden: int, steps: int = 0):
         super().__init__()
@@ -387,9 +396,9 @@ Logs = dict[str, Tensor]
 
 
 def project(probs: Tensor, shifted: Tensor, atoms: Tensor) -> Tensor:
-    """Moves the mass `probs` [B, Z] at places `shifted` [B, Z] onto the evenly spaced `atoms` [Z], keeping mass and mean [C51].
+    """Moves the mass `probs` [B, Z] at places `shifted` [B, Z] onto the evenly spaced `atoms` [Z], keeping the mass [C51].
 
-    Places outside the support are clipped to its ends.
+    Places outside the support are clipped to its ends; inside it the mean is kept too.
     """
     step = (atoms[-1] - atoms[0]) / (len(atoms) - 1)
     place = (shifted.clamp(atoms[0], atoms[-1]) - atoms[0]) / step  # in units of atoms, 0 .. Z - 1
@@ -430,7 +439,7 @@ def critic_loss(critic: Critic, target: Critic | None, policy: nn.Module, alpha:
     with torch.no_grad():
         value = probs @ critic.atoms  # [Q, B]
         logs = {
-            "losses/critic": loss,
+            "losses/critic": loss.detach(),
             "diag/value": value.mean(),
             "diag/critic_disagreement": (value[0] - value[1]).abs().mean(),
             "diag/target_mass_at_ends": (goal[:, 0] + goal[:, -1]).mean(),
@@ -450,7 +459,7 @@ def policy_loss(critic: Critic, policy: nn.Module, alpha: Tensor, batch: dict[st
     loss = (alpha * path_cost - value).mean()
     with torch.no_grad():
         logs = {
-            "losses/policy": loss,
+            "losses/policy": loss.detach(),
             "diag/entropy_bound": -path_cost.mean(),
             "diag/action_saturation": (action.abs() > 0.99).float().mean(),
         }
@@ -492,9 +501,12 @@ class Replay:
         return {"added": self.added, "data": {name: values[: self.added].clone() for name, values in self.data.items()}}
 
     def load_state_dict(self, state: dict) -> None:
-        self.added = state["added"]
-        for name, values in state["data"].items():
-            self.data[name][: len(values)] = values.to(self.device)
+        self.added = int(state["added"])
+        for name, values in self.data.items():
+            rows = state["data"][name]
+            if len(rows) != self.added and len(rows) < self.capacity or not 0 <= self.added:
+                raise ValueError(f"replay: {len(rows)} rows of {name} for {self.added} transitions")
+            values[: len(rows)] = rows.to(self.device)
 
 
 class OMAD(nn.Module):
@@ -523,7 +535,7 @@ class OMAD(nn.Module):
     @torch.no_grad()
     def act(self, obs: np.ndarray, generator: torch.Generator) -> np.ndarray:
         """Decentralised execution, sampled: obs [E, N, O] -> action [E, N, A]."""
-        obs = torch.from_numpy(obs).to(generator.device)
+        obs = torch.from_numpy(obs).to(self.device)
         return self.policy(obs, self.policy.noise(len(obs), generator))[0].cpu().numpy()
 
     def update_critic(self, batch: dict[str, Tensor], generator: torch.Generator) -> Logs:
@@ -560,33 +572,38 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
 
 
-def evaluate(agent: OMAD, envs: gym.vector.VectorEnv, seed: int) -> np.ndarray:
-    """Team return of one sampled episode in each of `envs`, from start states and noise that depend on `seed` only."""
+def evaluate(agent: OMAD, envs: gym.vector.VectorEnv, seed: int, check_finite: Callable[[str, np.ndarray], None]) -> np.ndarray:
+    """Team return of one sampled episode in each of `envs`; start states and noise depend on `seed` only."""
     generator = torch.Generator(agent.device).manual_seed(seed)
     obs, _ = envs.reset(seed=seed)
-    returns = np.full(envs.num_envs, np.nan)
-    while np.isnan(returns).any():
-        obs, _, terminated, truncated, info = envs.step(agent.act(obs, generator))
+    returns, finished = np.zeros(envs.num_envs), np.zeros(envs.num_envs, bool)
+    while not finished.all():
+        action = agent.act(obs, generator)
+        check_finite("action in evaluation", action)
+        obs, _, terminated, truncated, info = envs.step(action)
         done = terminated | truncated
         if done.any():
-            first = done & np.isnan(returns)  # an environment that is done early runs on; only its first episode counts
+            first = done & ~finished  # an environment that is done early runs on; only its first episode counts
             returns[first] = info["episode"]["r"][first]
+            finished |= done
             obs, _ = envs.reset(options={"reset_mask": done})
     return returns
 
 
-def train(args: Args, path: Path, saved: dict | None) -> None:
-    """The whole of training in the run directory `path`, from the start or from the checkpoint `saved`."""
+def train(args: Args, saved: dict | None) -> None:
+    """The whole of training, from the start or from the checkpoint `saved`."""
     device = pick_device(args.device)
     torch.manual_seed(args.seed)
     envs, eval_envs = make_vec(args.env_id, args.num_envs), make_vec(args.env_id, args.eval_episodes)
     env = envs.envs[0].unwrapped
-    agent = OMAD(env, args, device)
-    replay = Replay(env, min(args.buffer_size, args.total_timesteps + args.num_envs), device)
+    try:
+        agent, replay = OMAD(env, args, device), Replay(env, min(args.buffer_size, args.total_timesteps + args.num_envs), device)
+    except (MemoryError, RuntimeError) as error:
+        raise BadInput(f"networks or replay of these sizes cannot be made: {_first_line(error)}") from error
     generator = torch.Generator(device).manual_seed(args.seed)
-    run = Run(args, path, agent, replay, generator, saved)
+    run = Run(args, agent, replay, generator, saved)
     run.announce(env)
-    if run.step == 0:
+    if not run.rows:
         run.evaluate_and_save(eval_envs)
     # After every checkpoint, resumed or not, the environments start again from a seed that the step determines [deviation D4].
     restart = lambda: envs.reset(seed=_seed(args.seed, run.step))
@@ -634,6 +651,7 @@ def train(args: Args, path: Path, saved: dict | None) -> None:
 # ============================================================================================================================
 
 FORMAT = "omad-1"  # of checkpoint.pt; raise it when a change makes older files unreadable
+COLUMNS = ("step", "wall_time_s", "return_mean", "return_std", "episodes")  # of eval.csv
 
 
 class BadInput(Exception):
@@ -647,13 +665,16 @@ class FailedRun(Exception):
 class Run:
     """One run: its counters, what it prints, and what it writes to its directory."""
 
-    def __init__(self, args: Args, path: Path, agent: OMAD, replay: Replay, generator: torch.Generator, saved: dict | None):
-        self.args, self.path, self.agent, self.replay, self.generator = args, path, agent, replay, generator
+    def __init__(self, args: Args, agent: OMAD, replay: Replay, generator: torch.Generator, saved: dict | None):
+        self.args, self.agent, self.replay, self.generator = args, agent, replay, generator
+        self.path = Path(args.resume) if args.resume else make_run_dir(args)
         self.step, self.updates, self.last_return, self.rows, self.seconds_before = 0, 0, math.nan, [], 0.0
         if saved:
             self.restore(saved)
+        if args.resume:
+            write_config(self.path, args)  # the flags may have changed
         self.pending: list[tuple[int, str, Tensor]] = []  # scalars still on the device: (step, name, value)
-        self.writer = SummaryWriter(str(path), purge_step=self.step + 1 if saved else 0)
+        self.writer = SummaryWriter(str(self.path), purge_step=self.step + 1 if saved else 0)
         self.started = self.reported = time.time()
         self.reported_step = self.step
 
@@ -678,24 +699,25 @@ class Run:
         self.pending += [(self.step, name, value) for name, value in scalars.items()]
 
     def flush(self) -> None:
-        """Copies the pending scalars to the host, stops the run if one is not finite, writes their means to TensorBoard."""
+        """Copies the pending scalars to the host, writes their means to TensorBoard, stops the run if one is not finite."""
         if not self.pending:
             return
-        values = torch.stack([value for _, _, value in self.pending]).cpu()
-        bad = (~values.isfinite()).nonzero().flatten().tolist()
-        if bad:
-            step, name, _ = self.pending[bad[0]]
-            self.fail(f"{name} is {values[bad[0]].item()}", step)
+        values = torch.stack([value for _, _, value in self.pending]).tolist()
         by_name: dict[str, list[float]] = {}
-        for (_, name, _), value in zip(self.pending, values.tolist()):
+        for (_, name, _), value in zip(self.pending, values):
             by_name.setdefault(name, []).append(value)
         for name, series in by_name.items():
             self.writer.add_scalar(name, np.mean(series), self.step)
+        bad = [(step, name, value) for (step, name, _), value in zip(self.pending, values) if not math.isfinite(value)]
         self.pending.clear()
+        self.writer.flush()
+        if bad:
+            step, name, value = bad[0]
+            self.fail(f"{name} is {value}", step)
 
     def check_finite(self, quantity: str, values: np.ndarray) -> None:
         if not np.isfinite(values).all():
-            self.flush()  # if a loss went first, it is the better diagnosis
+            self.flush()  # fails itself if a loss went first, which is the better diagnosis
             self.fail(f"{quantity} is not finite", self.step)
 
     def fail(self, what: str, step: int) -> None:
@@ -726,14 +748,14 @@ class Run:
 
     def evaluate_and_save(self, envs: gym.vector.VectorEnv) -> None:
         self.flush()
-        returns = evaluate(self.agent, envs, _seed(self.args.seed, 1))
+        returns = evaluate(self.agent, envs, _seed(self.args.seed, 1), self.check_finite)
         mean, std = float(returns.mean()), float(returns.std())
-        self.rows.append(dict(step=self.step, wall_time_s=round(self.seconds, 1), return_mean=mean, return_std=std, episodes=len(returns)))
+        self.rows.append(dict(zip(COLUMNS, (self.step, round(self.seconds, 1), mean, std, len(returns)))))
         line = f"eval at step {self.step:,} after {_duration(self.seconds)}: return {mean:.2f} ± {std:.2f} over {len(returns)} episodes"
         print(f"{line:<100}", flush=True)
         self.writer.add_scalar("eval/return_mean", mean, self.step)
         self.writer.add_scalar("eval/return_std", std, self.step)
-        lines = [",".join(self.rows[0]), *(",".join(map(str, row.values())) for row in self.rows)]
+        lines = [",".join(COLUMNS), *(",".join(map(str, row.values())) for row in self.rows)]
         write(self.path / "eval.csv", lambda file: file.write("".join(f"{line}\n" for line in lines).encode()))
         write(self.path / "checkpoint.pt", lambda file: torch.save(self.checkpoint(), file))
         self.reported, self.reported_step = time.time(), self.step
@@ -751,28 +773,41 @@ class Run:
             "format": FORMAT, "args": dataclasses.asdict(self.args), "step": self.step, "updates": self.updates,
             "agent": self.agent.state_dict(), "replay": self.replay.state_dict(), "generator": self.generator.get_state(),
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.agent.optimizers.items()},
-            "last_return": self.last_return, "rows": self.rows, "seconds": self.seconds,
+            "device": self.agent.device.type, "last_return": self.last_return, "rows": self.rows, "seconds": self.seconds,
         }  # fmt: skip
 
     def restore(self, saved: dict) -> None:
         with _must_fit(self.path / "checkpoint.pt"):
             self.agent.load_state_dict(saved["agent"])
             self.replay.load_state_dict(saved["replay"])
-            self.generator.set_state(saved["generator"])
             for name, optimizer in self.agent.optimizers.items():
                 optimizer.load_state_dict(saved["optimizers"][name])
-            self.step, self.updates, self.last_return = saved["step"], saved["updates"], saved["last_return"]
-            self.rows, self.seconds_before = saved["rows"], saved["seconds"]
+                for parameter, state in optimizer.state.items():  # torch checks the number of parameters, not their shapes
+                    if any(moment.shape != parameter.shape for key, moment in state.items() if key != "step"):
+                        raise ValueError(f"optimizer state of another size for the {name}")
+            self.step, self.updates = int(saved["step"]), int(saved["updates"])
+            self.last_return, self.seconds_before = float(saved["last_return"]), float(saved["seconds"])
+            self.rows = [{key: row[key] + 0 for key in COLUMNS} for row in saved["rows"]]
+            if saved["device"] == self.agent.device.type:
+                self.generator.set_state(saved["generator"])
+            else:  # a CUDA generator's state means nothing to the CPU's, or the other way round
+                self.generator.manual_seed(_seed(self.args.seed, self.step))
+                print(f"note      the run was on {saved['device']}: its random numbers go on differently here")
 
 
 @contextlib.contextmanager
 def _must_fit(path: Path):
-    """A file of a run whose parts are missing or of other sizes is bad input, not a bug."""
+    """A file of a run whose parts are missing or of other kinds or sizes is bad input, not a bug."""
     try:
         yield
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise BadInput(f"{path}: does not fit this omad.py: {reason[:200]}") from error
+    except BadInput as error:
+        raise BadInput(f"{path}: {error}") from error
+    except Exception as error:
+        raise BadInput(f"{path}: does not fit this omad.py: {type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def write(path: Path, dump: Callable[[BinaryIO], object]) -> None:
@@ -784,18 +819,22 @@ def write(path: Path, dump: Callable[[BinaryIO], object]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save wraps a full disk in a RuntimeError
+    except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch.save hides a full disk
         kept = "; the file from before is kept" if path.exists() else ""
-        raise FailedRun(f"cannot write {path}: {str(error).splitlines()[0]}{kept}") from error
+        raise FailedRun(f"cannot write {path}: {_first_line(cause)}{kept}") from error
 
 
 def write_config(path: Path, args: Args) -> None:
     packages = ("torch", "numpy", "gymnasium", "pettingzoo", "mpe2", "tyro", "tensorboard")
-    git = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True)
+    revision = "unknown"
+    with contextlib.suppress(OSError, subprocess.SubprocessError):  # no git, or no repository
+        command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+        revision = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     config = {
-        "args": dataclasses.asdict(args), "python": sys.version.split()[0], "git_revision": git.stdout.strip() or "unknown",
+        "args": dataclasses.asdict(args), "python": sys.version.split()[0], "git_revision": revision,
         "packages": {name: importlib.metadata.version(name) for name in packages},
     }  # fmt: skip
     write(path / "config.json", lambda file: file.write(json.dumps(config, indent=2).encode()))
@@ -804,32 +843,31 @@ def write_config(path: Path, args: Args) -> None:
 def make_run_dir(args: Args) -> Path:
     """A new run directory. It gets its name when config.json is inside, so that a run can be resumed from its first moment."""
     path = Path(args.run_dir) / f"{args.env_id}__omad__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    path = next(p for p in (path, *(path.with_name(f"{path.name}-{i}") for i in range(2, 10_000))) if not p.exists())
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
         write_config(temporary, args)
-        temporary.rename(path)
+        path = next(p for p in (path, *(path.with_name(f"{path.name}-{i}") for i in range(2, 10_000))) if not p.exists())
+        return temporary.rename(path)
     except (OSError, FailedRun) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
         raise BadInput(f"--run-dir {args.run_dir}: cannot be written: {error}") from error
-    return path
 
 
 def load(run_dir: str) -> tuple[Args, dict | None]:
     """Arguments and checkpoint of a run; no checkpoint if it was killed before the first. Nothing in the files is executed."""
     config, path = Path(run_dir) / "config.json", Path(run_dir) / "checkpoint.pt"
-    if path.is_file():
-        try:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises many kinds here
-            raise BadInput(f"{path}: not a readable checkpoint (cut short, or not written by omad.py): {type(error).__name__}") from error
-        if not isinstance(saved, dict) or saved.get("format") != FORMAT:
-            raise BadInput(f"{path}: not a checkpoint of this version of omad.py (format {FORMAT})")
-    elif config.is_file():
-        saved = None
-    else:
+    if not config.is_file() and not path.is_file():
         raise BadInput(f"{run_dir}: no run there; give the directory that a run printed behind 'logs'")
-    with _must_fit(path if saved else config):
+    saved = None
+    with _must_fit(path if path.is_file() else config):
+        if path.is_file():
+            try:
+                saved = torch.load(path, map_location="cpu", weights_only=True)
+            except Exception as error:  # torch raises many kinds here
+                raise BadInput(f"not a readable checkpoint (cut short, or not written by omad.py): {type(error).__name__}") from error
+            if not isinstance(saved, dict) or saved.get("format") != FORMAT or not isinstance(saved.get("step"), int):
+                raise BadInput(f"not a checkpoint of this version of omad.py (format {FORMAT})")
         args = Args(**(saved["args"] if saved else json.loads(config.read_bytes())["args"]))
         args = dataclasses.replace(args, resume="", evaluate="", capture_video=False)
         validate(args)
@@ -873,30 +911,25 @@ def estimate_seconds(env: TeamEnv, args: Args, device: torch.device) -> float:
     with torch.random.fork_rng():
         agent, replay, generator = OMAD(env, args, device), Replay(env, 1, device), torch.Generator(device).manual_seed(0)
     replay.added = 1  # one empty transition
-    length = min(TASKS[args.env_id].horizon, 25)
+    horizon = TASKS[args.env_id].horizon
+    env.reset(seed=0)
 
     def learn():
         for _ in range(args.policy_frequency):
-            batch = replay.sample(args.batch_size, generator)
-            agent.update_critic(batch, generator)
+            agent.update_critic(batch := replay.sample(args.batch_size, generator), generator)
         agent.update_policies(batch, generator)["diag/alpha"].item()
 
-    def episode():
-        env.reset(seed=0)
-        for _ in range(length):
-            env.step(np.zeros(env.action_space.shape))
-
-    def seconds(function, repeats=5):
+    def seconds(function, repeats):
         function()  # the first call is slower
         start = time.perf_counter()
         for _ in range(repeats):
             function()
         return (time.perf_counter() - start) / repeats
 
-    act = seconds(lambda: agent.act(np.zeros((args.num_envs, *env.obs_mask.shape), np.float32), generator)) / args.num_envs
-    evaluation = args.eval_episodes * TASKS[args.env_id].horizon / args.eval_every  # evaluation steps per training step
-    per_step = seconds(episode) / length * (1 + evaluation) + act + seconds(learn) * args.updates_per_step / args.policy_frequency
-    return args.total_timesteps * per_step
+    act = seconds(lambda: agent.act(np.zeros((args.num_envs, *env.obs_mask.shape), np.float32), generator), 5) / args.num_envs
+    step = seconds(lambda: env.reset(seed=0) and env.step(np.zeros(env.action_space.shape)), 20)
+    evaluation = 1 + args.eval_episodes * horizon / args.eval_every  # evaluation steps come on top of each training step
+    return args.total_timesteps * (act + step * evaluation + seconds(learn, 5) * args.updates_per_step / args.policy_frequency)
 
 
 def _duration(seconds: float) -> str:
@@ -904,7 +937,7 @@ def _duration(seconds: float) -> str:
 
 
 def _seed(*parts: int) -> int:
-    """One well-mixed seed from several numbers."""
+    """One well-mixed seed from several numbers, below 2^31, so that environments can count up from it."""
     return int(np.random.SeedSequence(parts).generate_state(1)[0] // 2)
 
 
@@ -913,45 +946,56 @@ def _flag(name: str) -> str:
 
 
 def validate(args: Args) -> None:
-    """Raises `BadInput` for a number out of range, or for numbers that contradict each other."""
+    """Raises `BadInput` for a value of the wrong kind, a number out of range, or numbers that contradict each other."""
+    for field in dataclasses.fields(Args):  # the command line sees to the kinds, a file from outside may not
+        value = getattr(args, field.name)
+        if type(value) is not type(field.default) or get_origin(field.type) is Literal and value not in get_args(field.type):
+            raise BadInput(f"{_flag(field.name)} cannot be {value!r}")
     check_task(args.env_id)
     for name, (low, high) in LIMITS.items():
         if not low <= getattr(args, name) <= high:
-            allowed = f"at least {low}" + (f" and at most {high}" if high < math.inf else "")
-            raise BadInput(f"{_flag(name)} {getattr(args, name)} is out of range: it must be {allowed}")
+            raise BadInput(f"{_flag(name)} {getattr(args, name)} is out of range: it must be at least {low} and at most {high}")
     per_iteration = args.updates_per_step * args.num_envs
     if round(per_iteration) < 1 or abs(per_iteration - round(per_iteration)) > 1e-6:
         raise BadInput(f"--updates-per-step {args.updates_per_step} times --num-envs {args.num_envs} must be a whole number of updates, at least 1")
     for low, high in (("v_min", "v_max"), ("learning_starts", "total_timesteps")):
         if getattr(args, low) >= getattr(args, high):
             raise BadInput(f"{_flag(low)} {getattr(args, low)} must be below {_flag(high)} {getattr(args, high)}")
-    for name in ("eval_every", "buffer_size"):
-        if getattr(args, name) < args.num_envs:
-            raise BadInput(f"{_flag(name)} {getattr(args, name)} must be at least --num-envs {args.num_envs}")
+    if args.buffer_size < args.num_envs:
+        raise BadInput(f"--buffer-size {args.buffer_size} must be at least --num-envs {args.num_envs}")
+    whole = args.num_envs * TASKS[args.env_id].horizon
+    if args.eval_every < whole:
+        raise BadInput(f"--eval-every {args.eval_every} must be at least {whole}, one episode in each environment: they restart at evaluations")
 
 
 def parse(argv: list[str]) -> tuple[Args, dict | None]:
     """Command line -> arguments, and the checkpoint if a run is continued or evaluated. Raises `BadInput`."""
-    peek = {"--env-id": Args.env_id, "--resume": "", "--evaluate": ""}  # these decide the other flags' defaults
-    for part, following in zip(argv, [*argv[1:], "--"]):
+    first = {"--env-id": Args.env_id, "--resume": None, "--evaluate": None}  # these decide the other flags' defaults
+    for part, following in zip(argv, [*argv[1:], ""]):
         flag, equals, value = part.partition("=")
-        if flag.replace("_", "-") in peek and (equals or not following.startswith("--")):
-            peek[flag.replace("_", "-")] = value if equals else following
-    old = peek["--resume"] or peek["--evaluate"]
+        if flag.replace("_", "-") in first:
+            first[flag.replace("_", "-")] = value if equals else following
+    for flag, value in first.items():
+        if value == "" or str(value).startswith("--"):
+            raise BadInput(f"{flag} needs a value")
+    if first["--resume"] and first["--evaluate"]:
+        raise BadInput("--resume and --evaluate exclude each other")
+    old, saved = first["--resume"] or first["--evaluate"], None
     if old:
         default, saved = load(old)
     else:
-        check_task(peek["--env-id"])
-        default, saved = Args(env_id=peek["--env-id"], **PRESETS[peek["--env-id"]]), None
+        check_task(first["--env-id"])
+        default = Args(env_id=first["--env-id"], **PRESETS[first["--env-id"]])
 
-    errors = io.StringIO()
+    out, err = io.StringIO(), io.StringIO()
     try:
-        with contextlib.redirect_stderr(errors):
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             args, unknown = tyro.cli(Args, args=argv, default=default, return_unknown_args=True, prog="omad.py")
     except SystemExit as stop:
         if not stop.code:
-            raise  # --help
-        reason = re.split(r"\s-{9,}\s", errors.getvalue())  # tyro's message stands between two rules
+            print(out.getvalue(), end="")  # --help
+            raise
+        reason = re.split(r"\s-{9,}\s", err.getvalue())  # tyro's message stands between two rules
         raise BadInput(" ".join(reason[min(1, len(reason) - 1)].split())) from None
     if unknown:
         near = difflib.get_close_matches(unknown[0], [_flag(field.name) for field in dataclasses.fields(Args)])
@@ -960,6 +1004,8 @@ def parse(argv: list[str]) -> tuple[Args, dict | None]:
     if old:
         if args.evaluate and not saved:
             raise BadInput(f"{old}: no checkpoint.pt there yet; python omad.py --resume {old} goes on with the run")
+        if saved and not args.evaluate and args.total_timesteps < saved["step"]:
+            raise BadInput(f"--total-timesteps {args.total_timesteps}: the run in {old} is at step {saved['step']} already")
         free = {"resume", "evaluate", "device", "torch_threads", "capture_video"}
         free |= {"seed", "eval_episodes"} if args.evaluate else {"total_timesteps"}
         for name, value in dataclasses.asdict(default).items():
@@ -970,11 +1016,16 @@ def parse(argv: list[str]) -> tuple[Args, dict | None]:
 
 def evaluate_run(args: Args, saved: dict) -> None:
     """--evaluate: the return of a saved run. With the run's own seed it repeats the last row of its eval.csv."""
+
+    def check_finite(quantity: str, values: np.ndarray) -> None:
+        if not np.isfinite(values).all():
+            raise FailedRun(f"{args.evaluate}: {quantity} is not finite")
+
     envs = make_vec(args.env_id, args.eval_episodes)
     agent = OMAD(envs.envs[0].unwrapped, args, pick_device(args.device))
     with _must_fit(Path(args.evaluate) / "checkpoint.pt"):
         agent.load_state_dict(saved["agent"])
-    returns = evaluate(agent, envs, _seed(args.seed, 1))
+    returns = evaluate(agent, envs, _seed(args.seed, 1), check_finite)
     result = f"return {returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} episodes"
     print(f"{args.env_id}, {args.policy} policy, step {saved['step']:,}: {result}")
     if args.capture_video:
@@ -982,8 +1033,9 @@ def evaluate_run(args: Args, saved: dict) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0 done, 2 bad input, 3 a failed run."""
-    path = None
+    """Returns the exit code: 0 done, 2 bad input, 3 a failed run, 130 interrupted."""
+    # TensorBoard writes in a thread of its own. If the disk is full, its error reaches us with the next scalar: no traceback.
+    threading.excepthook = lambda hook: None if issubclass(hook.exc_type, OSError) else threading.__excepthook__(hook)
     try:
         args, saved = parse(sys.argv[1:] if argv is None else argv)
         if args.torch_threads:
@@ -991,20 +1043,17 @@ def main(argv: list[str] | None = None) -> int:
         pick_device(args.device)
         if args.evaluate:
             evaluate_run(args, saved)
-            return 0
-        path = Path(args.resume) if args.resume else make_run_dir(args)
-        if args.resume:
-            write_config(path, args)
-        train(args, path, saved)
+        else:
+            train(args, saved)
         return 0
     except (BadInput, UnknownTask) as error:
         print(f"omad.py: error: {error}", file=sys.stderr)
         return 2
-    except (FailedRun, OSError) as error:
-        print(f"omad.py: failed: {error}", file=sys.stderr)
+    except (FailedRun, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        print(f"omad.py: failed: {_first_line(error)}", file=sys.stderr)
         return 3
     except KeyboardInterrupt:
-        print(f"omad.py: interrupted; go on with: python omad.py --resume {path}", file=sys.stderr)
+        print("omad.py: interrupted; to go on: python omad.py --resume RUN_DIR, with the directory behind 'logs' above", file=sys.stderr)
         return 130
 
 

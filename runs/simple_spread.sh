@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The results on mpe_simple_spread shown in README.md: about two hours on one core, or one on two (run the parts side by side).
+# The results on mpe_simple_spread shown in README.md: about two and a half hours on one core, less on two (run the parts side by side).
 #   bash runs/simple_spread.sh default     three seeds of the default command, and the Gaussian ablation beside them
-#   bash runs/simple_spread.sh ablations   target networks instead of the joint forward pass
+#   bash runs/simple_spread.sh ablations   target networks instead of the joint forward pass; the paper's values of three flags
 #   bash runs/simple_spread.sh long        the longer run
 # Then: python runs/summary.py
 set -euo pipefail
@@ -9,7 +9,11 @@ cd "$(dirname "$0")/.."
 run() { python omad.py --env-id mpe_simple_spread --run-dir "runs/results/$1" "${@:2}"; }
 case "${1:-}" in
   default) for seed in 1 2 3; do run omad --seed $seed; run omad_gaussian --seed $seed --policy gaussian; done ;;
-  ablations) for seed in 1 2; do run omad_target_networks --seed $seed --target-networks; done ;;
+  ablations)
+    for seed in 1 2; do run omad_target_networks --seed $seed --target-networks; done
+    run omad_lr_3e-4 --policy-lr 3e-4 --q-lr 3e-4
+    run omad_batch_256 --batch-size 256
+    run omad_alpha_1 --alpha 1.0 ;;
   long) run omad_long --total-timesteps 900000 --eval-every 30000 ;;
   *) sed -n 2,6p "$0"; exit 2 ;;
 esac

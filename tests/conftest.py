@@ -15,7 +15,7 @@ import omad
 torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
 
-# A run of a few seconds that still does everything: 40 critic updates, 13 policy updates, 5 evaluations, 4 checkpoints.
+# A run of a few seconds that still does everything: 80 critic updates, 26 policy updates, 5 evaluations and checkpoints.
 SHORT = (
     "--total-timesteps 400 --num-envs 4 --eval-every 100 --eval-episodes 3 --learning-starts 80 --batch-size 32 "
     "--updates-per-step 0.25 --policy-hidden 16 --critic-hidden 16 --denoising-steps 3 --device cpu"

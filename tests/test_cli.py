@@ -1,12 +1,12 @@
 """The program as a user types it: runs, resume, evaluate, bad input."""
 
+import copy
 import csv
 import dataclasses
 import json
 import os
 import re
 import resource
-import shutil
 import signal
 import time
 
@@ -33,7 +33,7 @@ def weights(run_dir):
 
 def one_line(err):
     lines = err.strip().splitlines()
-    return len(lines) == 1 and lines[0].startswith("omad.py: ")
+    return len(lines) == 1 and lines[0].startswith("omad.py: ") and len(lines[0]) < 400 and not re.search("[╭│]|helptext|\x1b", err)
 
 
 # --- a whole run ---
@@ -93,12 +93,14 @@ def test_same_seed_same_run_and_another_seed_another(cli, tmp_path):
     assert all(torch.equal(value, weights(two)[name]) for name, value in weights(one).items())
 
 
-def test_evaluation_does_not_disturb_training(cli, tmp_path):
-    """Other evaluation episodes, the same networks at the end."""
+def test_evaluation_does_not_disturb_training(cli, tmp_path, monkeypatch):
+    """Other evaluation episodes, or none at all: the same networks at the end."""
     for episodes in (1, 5):
         assert cli(*SHORT, "--eval-episodes", episodes)[0] == 0
-    one, two = run_dirs(tmp_path)
-    assert all(torch.equal(value, weights(two)[name]) for name, value in weights(one).items())
+    monkeypatch.setattr(omad, "evaluate", lambda agent, envs, seed, check_finite: np.zeros(1))
+    assert cli(*SHORT)[0] == 0
+    first, *others = (weights(run) for run in run_dirs(tmp_path))
+    assert all(torch.equal(value, other[name]) for other in others for name, value in first.items())
 
 
 @pytest.mark.parametrize("flags", [("--policy", "gaussian"), ("--env-id", "mpe_simple_speaker_listener"), ("--no-autotune",)])
@@ -110,23 +112,56 @@ def test_variants_learn_and_stay_finite(cli, tmp_path, flags):
 # --- resume and evaluate ---
 
 
-def test_resume_after_sigkill_equals_the_uninterrupted_run(start, cli, tmp_path):
-    longer = [*SHORT, "--total-timesteps", "1200"]
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert start(*longer, "--run-dir", whole).wait(120) == 0
-    process = start(*longer, "--run-dir", killed)
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """An uninterrupted run of 1200 steps, with a replay that overflows, to compare killed ones with."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert omad.main([*LONGER, "--run-dir", str(folder)]) == 0
+    return run_dirs(folder)[0]
+
+
+LONGER = [*SHORT, "--total-timesteps", "1200", "--buffer-size", "500"]
+
+
+@pytest.mark.parametrize("rows_before", [1, 5])
+def test_resume_after_sigkill_equals_the_uninterrupted_run(start, cli, tmp_path, whole_run, rows_before):
+    process = start(*LONGER, "--run-dir", tmp_path)
     deadline = time.time() + 60
-    while time.time() < deadline and not (run_dirs(killed) and (run_dirs(killed)[0] / "eval.csv").exists() and len(rows(run_dirs(killed)[0])) > 4):
-        time.sleep(0.01)
+    while time.time() < deadline and not (any(tmp_path.glob("*/eval.csv")) and len(rows(run_dirs(tmp_path)[0])) >= rows_before):
+        time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    (run,) = run_dirs(killed)
-    assert 4 < len(rows(run)) < len(rows(run_dirs(whole)[0]))  # it was killed in the middle
+    (run,) = run_dirs(tmp_path)
+    assert rows_before <= len(rows(run)) < len(rows(whole_run))  # it was killed in the middle
     code, _, err = cli("--resume", run, run_dir=False)
     assert code == 0, err
-    assert rows(run) == rows(run_dirs(whole)[0])
-    a, b = weights(run), weights(run_dirs(whole)[0])
-    assert all(torch.equal(value, b[name]) for name, value in a.items())
+    assert rows(run) == rows(whole_run)
+    a, b = (torch.load(path / "checkpoint.pt", weights_only=True) for path in (run, whole_run))
+    for part in ("agent", "replay"):
+        pairs = (a[part], b[part]) if part == "agent" else (a[part]["data"], b[part]["data"])
+        assert all(torch.equal(value, pairs[1][name]) for name, value in pairs[0].items())
+    assert a["updates"] == b["updates"] and torch.equal(a["generator"], b["generator"])
+
+
+@pytest.mark.parametrize("flags", [("--target-networks",), ("--policy", "gaussian")])
+def test_resume_from_every_checkpoint_equals_the_uninterrupted_run(cli, tmp_path, monkeypatch, flags):
+    """Interrupted right after each checkpoint in turn, within one process."""
+    assert cli(*SHORT, *flags)[0] == 0
+    (whole,) = run_dirs(tmp_path)
+    finish, count = omad.Run.evaluate_and_save, 0
+
+    def then_stop(self, envs):
+        finish(self, envs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(omad.Run, "evaluate_and_save", then_stop)
+    assert cli(*SHORT, *flags)[0] == 130
+    run = next(path for path in run_dirs(tmp_path) if path != whole)
+    while len(rows(run)) < len(rows(whole)):
+        assert cli("--resume", run, run_dir=False)[0] == 130
+        count += 1
+    assert count == 4 and rows(run) == rows(whole)
+    assert all(torch.equal(value, weights(whole)[name]) for name, value in weights(run).items())
 
 
 def test_resume_of_a_run_killed_before_its_first_checkpoint(cli, tmp_path):
@@ -173,9 +208,16 @@ def test_video(cli, tmp_path):
 def test_resume_and_evaluate_refuse_what_would_change_the_run(cli, tmp_path):
     assert cli(*SHORT)[0] == 0
     (run,) = run_dirs(tmp_path)
-    for flags in (("--resume", run, "--gamma", "0.5"), ("--evaluate", run, "--policy", "gaussian")):
+    files = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    for flags in (
+        ("--resume", run, "--gamma", "0.5"),
+        ("--evaluate", run, "--policy", "gaussian"),
+        ("--resume", run, "--total-timesteps", "200"),
+        ("--resume", run, "--evaluate", run),
+    ):
         code, _, err = cli(*flags, run_dir=False)
         assert code == 2 and one_line(err) and flags[2] in err
+    assert files == {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
 
 
 # --- help and bad input ---
@@ -223,15 +265,32 @@ def test_every_flag_is_documented(capsys):
         (["--learning-starts", "120000"], ["--learning-starts", "--total-timesteps"]),
         (["--buffer-size", "4"], ["--buffer-size", "--num-envs"]),
         (["--device", "tpu"], ["--device", "tpu"]),
+        (["--eval-every", "100"], ["--eval-every", "200", "episode"]),
+        (["--policy-lr", "inf"], ["--policy-lr", "inf"]),
+        (["--buffer-size", "100000000000", "--total-timesteps", "100000000000"], ["replay", "cannot be made"]),
         (["--resume", "nowhere"], ["nowhere"]),
+        (["--resume", ""], ["--resume"]),
         (["--evaluate", "nowhere"], ["nowhere"]),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(cli, tmp_path, flags, words):
     code, out, err = cli(*flags)
-    assert code == 2 and one_line(err) and not out and "Traceback" not in err, err
+    assert code == 2 and one_line(err) and not out, err
     assert all(word in err for word in words), err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_errors_are_plain_where_the_terminal_could_show_boxes(start):
+    for flags in (("--seed", "x"), ("--policy", "gausian")):
+        process = start(*flags, env=os.environ | {"PYTHONIOENCODING": "utf-8", "FORCE_COLOR": "1"})
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 2 and one_line(err) and flags[1] in err and not out
+
+
+def test_a_machine_without_git(cli, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    assert cli(*SHORT)[0] == 0
+    assert json.loads((run_dirs(tmp_path)[0] / "config.json").read_text())["git_revision"] == "unknown"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
@@ -263,9 +322,9 @@ def test_bad_checkpoints(cli, tmp_path):
     content = path.read_bytes()
     assert len(content) > 2000
 
-    def bad(change):
+    def bad(change, commands=("--evaluate", "--resume")):
         change()
-        for command in ("--evaluate", "--resume"):
+        for command in commands:
             code, _, err = cli(command, run, run_dir=False)
             assert code == 2 and one_line(err) and "checkpoint.pt" in err, err
 
@@ -279,8 +338,19 @@ def test_bad_checkpoints(cli, tmp_path):
     bad(lambda: torch.save(good | {"args": good["args"] | {"env_id": "elsewhere"}}, path))
     bad(lambda: torch.save(good | {"args": good["args"] | {"gamma": "high"}}, path))
     bad(lambda: torch.save(good | {"args": {"speed": 3}}, path))
+    bad(lambda: torch.save(good | {"args": good["args"] | {"num_envs": 4.0}}, path))
+    bad(lambda: torch.save(good | {"args": good["args"] | {"device": "tpu"}}, path))
+    bad(lambda: torch.save(good | {"step": "abc"}, path))
     bad(lambda: torch.save({k: v for k, v in good.items() if k != "agent"}, path))
+    momenta = copy.deepcopy(good["optimizers"])
+    next(iter(momenta["policy"]["state"].values()))["exp_avg"] = torch.zeros(2)  # fused Adam would write out of bounds
+    for change in ({"optimizers": momenta}, {"rows": [1]}, {"rows": [{"x": 1}]}, {"seconds": "x"}, {"updates": None},
+                   {"replay": good["replay"] | {"added": 10**18}}, {"replay": good["replay"] | {"added": "x"}}):  # fmt: skip
+        bad(lambda: torch.save(good | change, path), ["--resume"])
     assert not proof.exists()
+    path.unlink()
+    (run / "config.json").write_text("{}")
+    assert cli("--resume", run, run_dir=False)[0] == 2
 
 
 def test_full_disk_keeps_the_last_good_checkpoint(start, cli, tmp_path):
@@ -289,16 +359,16 @@ def test_full_disk_keeps_the_last_good_checkpoint(start, cli, tmp_path):
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1_200_000, 1_200_000))
     process = start(*longer, "--run-dir", tmp_path, preexec_fn=limit)
     out, err = process.communicate(timeout=120)
-    assert process.returncode == 3 and one_line(err) and "checkpoint.pt" in err and "kept" in err, err
+    assert process.returncode == 3 and one_line(err) and "checkpoint.pt" in err and "File too large" in err and "kept" in err, err
     (run,) = run_dirs(tmp_path)
     assert torch.load(run / "checkpoint.pt", weights_only=True)["step"] >= 0 and not list(run.glob("*.tmp"))
     code, _, err = cli("--resume", run, run_dir=False)  # with space again it goes on
     assert code == 0, err
-    assert rows(run)[-1]["step"] == "4000"
+    assert [row["step"] for row in rows(run)] == ["0", "1000", "2000", "3000", "4000"]
 
 
 def test_non_finite_loss_stops_and_saves(cli, tmp_path):
-    code, _, err = cli(*SHORT, "--q-lr", "1e30")
+    code, _, err = cli(*SHORT, "--q-lr", "1e12")
     (run,) = run_dirs(tmp_path)
     assert code == 3 and one_line(err) and re.search(r"step \d+: \S+ is ", err), err
     assert torch.load(run / "failed.pt", weights_only=True)["step"] > 0
@@ -309,9 +379,19 @@ def test_non_finite_loss_stops_and_saves(cli, tmp_path):
 def test_non_finite_action_stops_and_saves(cli, tmp_path, monkeypatch):
     act = omad.OMAD.act
     monkeypatch.setattr(omad.OMAD, "act", lambda self, obs, g: act(self, obs, g) * (np.nan if len(obs) == 4 else 1))
-    code, _, err = cli(*SHORT)
+    code, _, err = cli(*SHORT)  # 4 environments in training, 3 in evaluation
     assert code == 3 and one_line(err) and re.search(r"step 80: action is not finite", err), err
     assert (run_dirs(tmp_path)[0] / "failed.pt").exists()
+
+
+def test_non_finite_action_in_evaluation(cli, tmp_path, monkeypatch):
+    assert cli(*SHORT)[0] == 0
+    (run,) = run_dirs(tmp_path)
+    monkeypatch.setattr(omad.OMAD, "act", lambda self, obs, g: np.full((len(obs), 3, 2), np.nan))
+    code, _, err = cli("--evaluate", run, run_dir=False)
+    assert code == 3 and one_line(err) and "action in evaluation is not finite" in err
+    code, _, err = cli(*SHORT)
+    assert code == 3 and one_line(err) and "step 0: action in evaluation is not finite" in err
 
 
 def test_interrupt_says_how_to_go_on(cli, tmp_path, monkeypatch):
@@ -319,6 +399,5 @@ def test_interrupt_says_how_to_go_on(cli, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(omad.Run, "progress", interrupt)
-    code, _, err = cli(*SHORT)
-    assert code == 130 and "--resume" in err and str(run_dirs(tmp_path)[0]) in err
-    shutil.rmtree(run_dirs(tmp_path)[0])
+    code, out, err = cli(*SHORT)
+    assert code == 130 and "--resume" in err and str(run_dirs(tmp_path)[0]) in out

@@ -5,6 +5,7 @@ import csv
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 from pettingzoo import ParallelEnv
 
 import omad
@@ -59,3 +60,5 @@ def test_two_coordinated_modes(cli, tmp_path, monkeypatch, policy, seed):
     (path,) = tmp_path.glob("two_modes__*/eval.csv")
     last = list(csv.DictReader(path.open()))[-1]
     assert float(last["return_mean"]) >= 0.95, out
+    replay = torch.load(path.parent / "checkpoint.pt", weights_only=True)["replay"]
+    assert replay["data"]["terminated"].all() and replay["data"]["reward"].std() > 0  # every step of this task is the last

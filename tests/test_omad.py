@@ -379,7 +379,38 @@ def test_target_network_is_a_slow_average():
     np.testing.assert_allclose(agent.target.layer1.weight, 0.75 * before + 0.25 * agent.critic.layer1.weight.detach(), atol=1e-6)
 
 
-# --- temperature and updates ---
+# --- policies, temperature and updates ---
+
+
+@pytest.mark.parametrize("kind", POLICIES)
+def test_policy_loss_equals_the_equation(kind):
+    """E[-mean_k E[Z_k] + alpha sum_i C_i] written out with loops; the temperature gets sum_i run_i, not C."""
+    policy, critic = make_policy(kind), Critic(4, masks(ACTION_SIZES), make_args()).eval()
+    for p in critic.parameters():
+        p.data += torch.randn_like(p)  # so that the two critics differ
+    batch = dict(obs=torch.randn(6, 3, 5, generator=generator()), state=torch.randn(6, 4, generator=generator(1)))
+    noise = policy.noise(6, generator(2))
+    loss, logs, run_sum = policy_loss(critic, policy, torch.tensor(0.7), batch, noise)
+    with torch.no_grad():
+        action, run, term = policy(batch["obs"], noise)
+        probs = torch.softmax(critic(batch["state"], action), -1)
+        atoms, want = np.linspace(-5, 5, 21), 0.0
+        for b in range(6):
+            value = sum(float((probs[k, b].numpy() * atoms).sum()) for k in range(2)) / 2
+            cost = sum(run[b, i].item() + term[b, i].item() for i in range(3))
+            want += (0.7 * cost - value) / 6
+    assert loss.item() == pytest.approx(want, rel=1e-4)
+    np.testing.assert_allclose(run_sum, run.sum(1), rtol=1e-5)
+    assert not run_sum.requires_grad and not any(value.requires_grad for value in logs.values())
+
+
+def test_optimisers_and_logs():
+    env, agent = env_and_agent(policy_lr=1e-3, q_lr=2e-3, alpha_lr=3e-3, adam_beta1=0.6)
+    settings = {name: (o.param_groups[0]["lr"], o.param_groups[0]["betas"][0]) for name, o in agent.optimizers.items()}
+    assert settings == {"policy": (1e-3, 0.6), "critic": (2e-3, 0.6), "alpha": (3e-3, 0.9)}
+    logs = agent.update_critic(random_batch(env), generator()) | agent.update_policies(random_batch(env), generator())
+    assert not any(value.requires_grad for value in logs.values())  # or every update's graph would stay in memory
+    assert max(p.grad.abs().max() for p in agent.policy.parameters()) <= 1.0
 
 
 @pytest.mark.parametrize("scale, direction", [(100.0, -1), (-100.0, 1)])
