@@ -119,7 +119,7 @@ class Args:
     # --- critic ---
     critic_hidden: int = 2048
     """width of each critic"""
-    num_atoms: int = 100
+    n_atoms: int = 100
     """Z, atoms of the return distribution"""
     v_min: float = -1000.0
     """smallest representable return"""
@@ -153,7 +153,7 @@ LIMITS = {  # smallest and largest value allowed
     "eval_every": (1, MANY), "eval_episodes": (1, 4096), "learning_starts": (0, MANY), "buffer_size": (1, MANY),
     "batch_size": (2, MANY), "gamma": (0.0, 1.0), "updates_per_step": (1e-4, 1e3), "policy_frequency": (1, MANY),
     "policy_lr": (1e-12, 1e12), "q_lr": (1e-12, 1e12), "adam_beta1": (0.0, 0.9999), "denoising_steps": (1, 1000),
-    "policy_hidden": (1, MANY), "policy_grad_clip": (1e-12, math.inf), "critic_hidden": (1, MANY), "num_atoms": (2, MANY),
+    "policy_hidden": (1, MANY), "policy_grad_clip": (1e-12, math.inf), "critic_hidden": (1, MANY), "n_atoms": (2, MANY),
     "v_min": (-1e9, 1e9), "v_max": (-1e9, 1e9), "critic_entropy_coef": (0.0, 1e3), "bn_momentum": (0.0, 1.0),
     "bn_warmup": (0, MANY), "tau": (0.0, 1.0), "alpha": (1e-12, 1e6), "alpha_lr": (1e-12, 1e12),
     "target_entropy_scale": (-1e3, 1e3),
@@ -374,8 +374,8 @@ class Critic(nn.Module):
         norm = lambda size: BatchRenorm(2, size, args.bn_momentum, args.bn_warmup)
         self.norm0, self.layer1 = norm(n_in), ParallelLinear(2, n_in, args.critic_hidden)
         self.norm1, self.layer2 = norm(args.critic_hidden), ParallelLinear(2, args.critic_hidden, args.critic_hidden)
-        self.norm2, self.out = norm(args.critic_hidden), ParallelLinear(2, args.critic_hidden, args.num_atoms)
-        self.register_buffer("atoms", torch.linspace(args.v_min, args.v_max, args.num_atoms), persistent=False)  # [Z]
+        self.norm2, self.out = norm(args.critic_hidden), ParallelLinear(2, args.critic_hidden, args.n_atoms)
+        self.register_buffer("atoms", torch.linspace(args.v_min, args.v_max, args.n_atoms), persistent=False)  # [Z]
 
     def forward(self, state: Tensor, action: Tensor) -> Tensor:
         x = torch.cat([state, action.flatten(1)[:, self.real]], -1).expand(2, -1, -1)  # [Q, B, S + actions]
@@ -447,7 +447,9 @@ def critic_loss(critic: Critic, target: Critic | None, policy: nn.Module, alpha:
     return loss, logs
 
 
-def policy_loss(critic: Critic, policy: nn.Module, alpha: Tensor, batch: dict[str, Tensor], noise: Tensor) -> tuple[Tensor, Logs, Tensor]:
+def policy_loss(
+    critic: Critic, policy: nn.Module, alpha: Tensor, batch: dict[str, Tensor], noise: Tensor
+) -> tuple[Tensor, Logs, Tensor]:
     """One simultaneous step for all agents: E[-mean_k E[Z_k(s, a_1..a_N)] + alpha sum_i C_i] [OMAD policies].
 
     The gradient runs through the critic (in evaluation mode, held fixed) and the whole denoising chain. Also returns
@@ -482,7 +484,9 @@ class Replay:
 
     def __init__(self, env: TeamEnv, capacity: int, device: torch.device):
         obs, action = env.obs_mask.shape, env.action_mask.shape
-        shapes = dict(obs=obs, next_obs=obs, state=(env.state_size,), next_state=(env.state_size,), action=action, reward=(), terminated=())
+        shapes = dict(
+            obs=obs, next_obs=obs, state=(env.state_size,), next_state=(env.state_size,), action=action, reward=(), terminated=()
+        )
         self.data = {name: torch.zeros(capacity, *shape, device=device) for name, shape in shapes.items()}
         self.capacity, self.added, self.device = capacity, 0, device
 
@@ -504,7 +508,7 @@ class Replay:
         self.added = int(state["added"])
         for name, values in self.data.items():
             rows = state["data"][name]
-            if len(rows) != self.added and len(rows) < self.capacity or not 0 <= self.added:
+            if len(rows) != min(self.added, self.capacity):
                 raise ValueError(f"replay: {len(rows)} rows of {name} for {self.added} transitions")
             values[: len(rows)] = rows.to(self.device)
 
@@ -540,7 +544,9 @@ class OMAD(nn.Module):
 
     def update_critic(self, batch: dict[str, Tensor], generator: torch.Generator) -> Logs:
         noise = self.policy.noise(len(batch["reward"]), generator)
-        loss, logs = critic_loss(self.critic.train(), self.target, self.policy, self.log_alpha.detach().exp(), batch, noise, self.args)
+        loss, logs = critic_loss(
+            self.critic.train(), self.target, self.policy, self.log_alpha.detach().exp(), batch, noise, self.args
+        )
         self.optimizers["critic"].zero_grad()
         loss.backward()
         self.optimizers["critic"].step()
@@ -619,7 +625,9 @@ def train(args: Args, saved: dict | None) -> None:
         run.check_finite("action", action)
         next_obs, reward, terminated, truncated, info = envs.step(action)
         run.check_finite("reward or observation", np.append(reward, next_obs))
-        replay.add(obs=obs, next_obs=next_obs, state=state, next_state=info["state"], action=action, reward=reward, terminated=terminated)
+        replay.add(
+            obs=obs, next_obs=next_obs, state=state, next_state=info["state"], action=action, reward=reward, terminated=terminated
+        )
         obs, state = next_obs, info["state"]
         done = terminated | truncated
         if done.any():
@@ -683,7 +691,9 @@ class Run:
         count = lambda module: f"{sum(p.numel() for p in module.parameters()):,} parameters"
         seconds = estimate_seconds(env, args, agent.device) * (1 - self.step / args.total_timesteps)
         print(f"task      {args.env_id}: {TASKS[args.env_id].description}")
-        print(f"sizes     {env.num_agents} agents; observations {env.obs_sizes}, actions {env.action_sizes}, joint state {env.state_size}")
+        print(
+            f"sizes     {env.num_agents} agents; observations {env.obs_sizes}, actions {env.action_sizes}, joint state {env.state_size}"
+        )
         print(f"device    {agent.device}, {torch.get_num_threads()} CPU thread(s)")
         print(f"networks  {args.policy} policies {count(agent.policy)}, critics {count(agent.critic)}")
         print(f"expected  about {_duration(seconds)} from step {self.step:,} to {args.total_timesteps:,}")
@@ -803,7 +813,9 @@ def _must_fit(path: Path):
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from error
     except Exception as error:
-        raise BadInput(f"{path}: does not fit this omad.py: {type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
+        raise BadInput(
+            f"{path}: does not fit this omad.py: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        ) from error
 
 
 def _first_line(error: BaseException) -> str:
@@ -865,7 +877,9 @@ def load(run_dir: str) -> tuple[Args, dict | None]:
             try:
                 saved = torch.load(path, map_location="cpu", weights_only=True)
             except Exception as error:  # torch raises many kinds here
-                raise BadInput(f"not a readable checkpoint (cut short, or not written by omad.py): {type(error).__name__}") from error
+                raise BadInput(
+                    f"not a readable checkpoint (cut short, or not written by omad.py): {type(error).__name__}"
+                ) from error
             if not isinstance(saved, dict) or saved.get("format") != FORMAT or not isinstance(saved.get("step"), int):
                 raise BadInput(f"not a checkpoint of this version of omad.py (format {FORMAT})")
         args = Args(**(saved["args"] if saved else json.loads(config.read_bytes())["args"]))
@@ -885,7 +899,9 @@ def draw_curve(path: Path, args: Args, rows: list[dict]) -> None:
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     axis.plot(steps, mean, marker=".")
     axis.fill_between(steps, mean - std, mean + std, alpha=0.2, label="± one standard deviation over episodes")
-    axis.set(xlabel="environment steps", ylabel="team return", title=f"OMAD ({args.policy} policy), {args.env_id}, seed {args.seed}")
+    axis.set(
+        xlabel="environment steps", ylabel="team return", title=f"OMAD ({args.policy} policy), {args.env_id}, seed {args.seed}"
+    )
     axis.legend(loc="lower right")
     axis.grid(alpha=0.3)
     write(path, lambda file: figure.savefig(file, dpi=120, format="png"))
@@ -957,7 +973,9 @@ def validate(args: Args) -> None:
             raise BadInput(f"{_flag(name)} {getattr(args, name)} is out of range: it must be at least {low} and at most {high}")
     per_iteration = args.updates_per_step * args.num_envs
     if round(per_iteration) < 1 or abs(per_iteration - round(per_iteration)) > 1e-6:
-        raise BadInput(f"--updates-per-step {args.updates_per_step} times --num-envs {args.num_envs} must be a whole number of updates, at least 1")
+        raise BadInput(
+            f"--updates-per-step {args.updates_per_step} times --num-envs {args.num_envs} must be a whole number of updates, at least 1"
+        )
     for low, high in (("v_min", "v_max"), ("learning_starts", "total_timesteps")):
         if getattr(args, low) >= getattr(args, high):
             raise BadInput(f"{_flag(low)} {getattr(args, low)} must be below {_flag(high)} {getattr(args, high)}")
@@ -965,7 +983,9 @@ def validate(args: Args) -> None:
         raise BadInput(f"--buffer-size {args.buffer_size} must be at least --num-envs {args.num_envs}")
     whole = args.num_envs * TASKS[args.env_id].horizon
     if args.eval_every < whole:
-        raise BadInput(f"--eval-every {args.eval_every} must be at least {whole}, one episode in each environment: they restart at evaluations")
+        raise BadInput(
+            f"--eval-every {args.eval_every} must be at least {whole}, one episode in each environment: they restart at evaluations"
+        )
 
 
 def parse(argv: list[str]) -> tuple[Args, dict | None]:
@@ -999,7 +1019,9 @@ def parse(argv: list[str]) -> tuple[Args, dict | None]:
         raise BadInput(" ".join(reason[min(1, len(reason) - 1)].split())) from None
     if unknown:
         near = difflib.get_close_matches(unknown[0], [_flag(field.name) for field in dataclasses.fields(Args)])
-        raise BadInput(f"unknown argument '{unknown[0]}'; " + (f"did you mean {' or '.join(near)}?" if near else "--help lists the flags"))
+        raise BadInput(
+            f"unknown argument '{unknown[0]}'; " + (f"did you mean {' or '.join(near)}?" if near else "--help lists the flags")
+        )
     validate(args)
     if old:
         if args.evaluate and not saved:
@@ -1053,7 +1075,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"omad.py: failed: {_first_line(error)}", file=sys.stderr)
         return 3
     except KeyboardInterrupt:
-        print("omad.py: interrupted; to go on: python omad.py --resume RUN_DIR, with the directory behind 'logs' above", file=sys.stderr)
+        print(
+            "omad.py: interrupted; to go on: python omad.py --resume RUN_DIR, with the directory behind 'logs' above",
+            file=sys.stderr,
+        )
         return 130
 
 

@@ -46,15 +46,11 @@ def _mpe(module, **kwargs) -> Callable[..., ParallelEnv]:
 
 
 TASKS: dict[str, Task] = {
-    "mpe_simple_spread": Task(
-        _mpe(simple_spread_v3, N=3, local_ratio=0.5), "three agents cover three landmarks without colliding"
-    ),
+    "mpe_simple_spread": Task(_mpe(simple_spread_v3, N=3, local_ratio=0.5), "three agents cover three landmarks without colliding"),
     "mpe_simple_spread_n4": Task(
         _mpe(simple_spread_v3, N=4, local_ratio=0.5), "four agents cover four landmarks without colliding"
     ),
-    "mpe_simple_reference": Task(
-        _mpe(simple_reference_v3, local_ratio=0.5), "two agents tell each other where to go"
-    ),
+    "mpe_simple_reference": Task(_mpe(simple_reference_v3, local_ratio=0.5), "two agents tell each other where to go"),
     "mpe_simple_speaker_listener": Task(
         _mpe(simple_speaker_listener_v4), "one agent sees the goal, the other can move: unequal agents"
     ),

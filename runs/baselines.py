@@ -58,7 +58,9 @@ def main() -> None:
                 total, done = total + reward, terminated or truncated
             returns.append(total)
         error = np.std(returns) / np.sqrt(len(returns))
-        print(f"{options.env_id} {name:9s} {np.mean(returns):7.2f} ± {np.std(returns):.2f} over {len(returns)} episodes (standard error {error:.2f})")
+        print(
+            f"{options.env_id} {name:9s} {np.mean(returns):7.2f} ± {np.std(returns):.2f} over {len(returns)} episodes (standard error {error:.2f})"
+        )
 
 
 if __name__ == "__main__":

@@ -73,12 +73,16 @@ class LoopPolicy(nn.Module):
 def make_agent(options: Options, agents: int, width: int, steps: int, policy_class: type) -> tuple[omad.OMAD, dict, np.ndarray]:
     """An agent of MPE-like sizes (18 observations, 2 actions each), a batch of random transitions, and observations to act on."""
     env = SimpleNamespace(obs_mask=np.ones((agents, 18), bool), action_mask=np.ones((agents, 2), bool), state_size=18 * agents)
-    args = omad.Args(**omad.MPE | dict(policy_hidden=width, critic_hidden=2 * width, denoising_steps=steps, batch_size=options.batch_size))
+    args = omad.Args(
+        **omad.MPE | dict(policy_hidden=width, critic_hidden=2 * width, denoising_steps=steps, batch_size=options.batch_size)
+    )
     device = omad.pick_device(options.device)
     agent = omad.OMAD(env, args, device)
     agent.policy = policy_class(torch.ones(agents, 18).bool(), torch.ones(agents, 2).bool(), width, steps).to(device)
     agent.optimizers["policy"] = torch.optim.Adam(agent.policy.parameters(), args.policy_lr, fused=True)
-    batch = {name: torch.randn(options.batch_size, *x.shape[1:], device=device) for name, x in omad.Replay(env, 1, device).data.items()}
+    batch = {
+        name: torch.randn(options.batch_size, *x.shape[1:], device=device) for name, x in omad.Replay(env, 1, device).data.items()
+    }
     batch["terminated"].zero_()
     batch["action"].tanh_()
     return agent, batch, np.zeros((options.num_envs, agents, 18), np.float32)
@@ -131,8 +135,14 @@ def peak_memory(cuda: bool) -> float:
 
 def main() -> None:
     options = tyro.cli(Options)
-    where = torch.cuda.get_device_name() if omad.pick_device(options.device).type == "cuda" else f"{platform.processor() or platform.machine()} CPU"
-    print(f"{where}, {options.torch_threads} thread(s), torch {torch.__version__}, batch {options.batch_size}, acting in {options.num_envs} environments")
+    where = (
+        torch.cuda.get_device_name()
+        if omad.pick_device(options.device).type == "cuda"
+        else f"{platform.processor() or platform.machine()} CPU"
+    )
+    print(
+        f"{where}, {options.torch_threads} thread(s), torch {torch.__version__}, batch {options.batch_size}, acting in {options.num_envs} environments"
+    )
     print("  N    H  K | critic ms  ratio | policy ms  ratio | act ms  ratio | peak MiB")
     rows = []
     for width in options.widths:

@@ -37,7 +37,12 @@ def read(folder: Path) -> list[tuple[dict, dict[str, np.ndarray]]]:
     runs = []
     for path in sorted(folder.glob("*/eval.csv")):
         rows = list(csv.DictReader(path.open()))
-        runs.append((json.loads((path.parent / "config.json").read_text())["args"], {key: np.array([float(row[key]) for row in rows]) for key in rows[0]}))
+        runs.append(
+            (
+                json.loads((path.parent / "config.json").read_text())["args"],
+                {key: np.array([float(row[key]) for row in rows]) for key in rows[0]},
+            )
+        )
     return sorted(runs, key=lambda run: run[0]["seed"])
 
 
@@ -53,7 +58,9 @@ def main() -> None:
     options = tyro.cli(Options)
     folders = options.folders or sorted({path.parent.parent for path in (Path(__file__).parent / "results").glob("*/*/eval.csv")})
     figure, (by_step, by_time) = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
-    print(f"| variant | seeds | steps | last return | best return | seconds to {options.threshold:g} | steps to {options.threshold:g} | minutes |")
+    print(
+        f"| variant | seeds | steps | last return | best return | seconds to {options.threshold:g} | steps to {options.threshold:g} | minutes |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     for i, folder in enumerate(folders):
         columns = [run for _, run in read(folder)]

@@ -238,7 +238,9 @@ def help_entries(capsys, *flags):
 def test_help_shows_the_task_s_defaults(capsys, env_id):
     shown = help_entries(capsys, "--env-id", env_id)
     for name, value in dataclasses.asdict(omad.Args(env_id=env_id, **omad.PRESETS[env_id])).items():
-        assert f"(default: {value if value != '' else repr('')})" in shown[omad._flag(name)].replace("default: 'auto'", "default: auto")
+        assert f"(default: {value if value != '' else repr('')})" in shown[omad._flag(name)].replace(
+            "default: 'auto'", "default: auto"
+        )
 
 
 def test_every_flag_is_documented(capsys):

@@ -30,7 +30,9 @@ def mpe_action(own: np.ndarray, space: gym.spaces.Box, movable: bool) -> np.ndar
     return out
 
 
-@pytest.mark.parametrize("env_id, episodes", [("mpe_simple_spread", 200)] + [(name, 10) for name in UPSTREAM if name != "mpe_simple_spread"])
+@pytest.mark.parametrize(
+    "env_id, episodes", [("mpe_simple_spread", 200)] + [(name, 10) for name in UPSTREAM if name != "mpe_simple_spread"]
+)
 def test_wrapper_equals_upstream(env_id, episodes):
     module, kwargs = UPSTREAM[env_id]
     theirs, ours = module.parallel_env(continuous_actions=True, max_cycles=25, **kwargs), make_env(env_id)
@@ -95,6 +97,19 @@ def test_vector_env_returns_the_final_observation_and_statistics():
     after, _ = envs.reset(options={"reset_mask": np.array([False, True, False])})
     np.testing.assert_array_equal(after[0], obs[0])
     assert not np.array_equal(after[1], obs[1])
+
+
+def test_gymnasiums_asynchronous_vector_env_gives_the_same():
+    disabled = gym.vector.AutoresetMode.DISABLED
+    parallel = gym.vector.AsyncVectorEnv([lambda: make_env("mpe_simple_spread")] * 2, autoreset_mode=disabled)
+    serial = make_vec("mpe_simple_spread", 2)
+    try:
+        np.testing.assert_array_equal(parallel.reset(seed=3)[0], serial.reset(seed=3)[0])
+        action = np.random.default_rng(0).uniform(-1, 1, (2, 3, 2)).astype(np.float32)
+        for ours, theirs in zip(serial.step(action)[:4], parallel.step(action)[:4]):
+            np.testing.assert_array_equal(ours, theirs)
+    finally:
+        parallel.close()
 
 
 def test_unknown_task_names_the_near_misses():

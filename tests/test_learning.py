@@ -42,10 +42,17 @@ class TwoModes(ParallelEnv):
 def test_the_toy_is_what_it_says():
     env = TwoModes()
     reward = lambda a, b: env.step({"left": np.array([a]), "right": np.array([b])})[1]["left"]
-    assert reward(MODE, MODE) == reward(-MODE, -MODE) == 1 and reward(0, 0) == pytest.approx(0.36) and reward(MODE, -MODE) == pytest.approx(-0.28)
+    assert (
+        reward(MODE, MODE) == reward(-MODE, -MODE) == 1
+        and reward(0, 0) == pytest.approx(0.36)
+        and reward(MODE, -MODE) == pytest.approx(-0.28)
+    )
 
 
-@pytest.mark.parametrize("policy, seed", [("diffusion", 1), ("gaussian", 1), *(pytest.param("diffusion", s, marks=pytest.mark.slow) for s in range(2, 6))])
+@pytest.mark.parametrize(
+    "policy, seed",
+    [("diffusion", 1), ("gaussian", 1), *(pytest.param("diffusion", s, marks=pytest.mark.slow) for s in range(2, 6))],
+)
 def test_two_coordinated_modes(cli, tmp_path, monkeypatch, policy, seed):
     """At least 95 % of the optimum: both agents commit to the same mode, and precisely."""
     monkeypatch.setitem(TASKS, "two_modes", Task(lambda render_mode=None: TwoModes(), "toy", horizon=1))
@@ -53,7 +60,7 @@ def test_two_coordinated_modes(cli, tmp_path, monkeypatch, policy, seed):
     flags = (
         f"--env-id two_modes --seed {seed} --policy {policy} --total-timesteps 8000 --num-envs 16 --eval-every 4000 --eval-episodes 200 "
         "--learning-starts 400 --batch-size 64 --updates-per-step 0.125 --policy-lr 2e-3 --q-lr 2e-3 --policy-hidden 16 --critic-hidden 32 "
-        "--num-atoms 41 --v-min -10 --v-max 3 --bn-warmup 100 --alpha 0.01 --alpha-lr 3e-3 --policy-frequency 2"
+        "--n-atoms 41 --v-min -10 --v-max 3 --bn-warmup 100 --alpha 0.01 --alpha-lr 3e-3 --policy-frequency 2"
     )
     code, out, err = cli(*flags.split())
     assert code == 0, err
