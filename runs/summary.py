@@ -74,15 +74,15 @@ def main() -> None:
         )
         for k, run in enumerate(columns):
             style = dict(color=f"C{i}", alpha=0.8, label=folder.name if k == 0 else None)
-            by_step.plot(run["step"], run["return_mean"], **style)
-            by_time.plot(run["wall_time_s"] / 60, run["return_mean"], **style)
+            later = run["step"] > 0  # a logarithmic axis has no place for the evaluation before learning
+            by_step.plot(run["step"][later], run["return_mean"][later], **style)
+            by_time.plot(run["wall_time_s"][later] / 60, run["return_mean"][later], **style)
     for axis, label in ((by_step, "environment steps"), (by_time, "minutes")):
         axis.axhline(options.threshold, color="grey", linestyle=":", linewidth=1)
-        axis.set(xlabel=label, xscale="log", ylim=(-30, None))
-        axis.grid(alpha=0.3)
-    by_step.set(ylabel="team return", xlim=(5e3, None))
-    by_time.set(xlim=(0.3, None))
-    by_step.legend(loc="lower right")
+        axis.set(xlabel=label, xscale="log")
+        axis.grid(alpha=0.3, which="both")
+    by_step.set(ylabel="team return")
+    by_step.legend(loc="lower right", fontsize="small")
     figure.savefig(options.picture, dpi=120)
     print(f"\npicture: {options.picture}")
 
