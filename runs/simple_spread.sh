@@ -3,6 +3,7 @@
 #   bash runs/simple_spread.sh default     three seeds of the default command, and the Gaussian ablation beside them
 #   bash runs/simple_spread.sh ablations   target networks instead of the joint forward pass; the paper's values of three flags
 #   bash runs/simple_spread.sh long        the longer run
+#   bash runs/simple_spread.sh fresh       every run's final policy on 1000 episodes with start states it never saw in training
 # Then: python runs/summary.py
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -14,6 +15,13 @@ case "${1:-}" in
     run omad_lr_3e-4 --policy-lr 3e-4 --q-lr 3e-4
     run omad_batch_256 --batch-size 256
     run omad_alpha_1 --alpha 1.0 ;;
-  long) run omad_long --total-timesteps 900000 --eval-every 30000 ;;
-  *) sed -n 2,6p "$0"; exit 2 ;;
+  long)
+    run omad_long --total-timesteps 900000 --eval-every 30000
+    run omad_long_batch_256 --total-timesteps 700000 --eval-every 50000 --batch-size 256 --eval-episodes 400 ;;
+  fresh)
+    for checkpoint in runs/results/*/*/checkpoint.pt; do
+      run=$(dirname "$checkpoint")
+      echo "$(basename "$(dirname "$run")") $(basename "$run") $(python omad.py --evaluate "$run" --seed 1000 --eval-episodes 1000)"
+    done | tee runs/results/fresh.txt ;;
+  *) sed -n 2,7p "$0"; exit 2 ;;
 esac
