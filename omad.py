@@ -162,7 +162,7 @@ LIMITS = {  # smallest and largest value allowed
 # [deviation D1] MPE presets suit a laptop CPU: smaller networks, fewer updates per step, a support and a discount for 25-step
 # episodes. The README gives the reason for every value.
 MPE = dict(
-    total_timesteps=120_000, num_envs=8, eval_every=10_000, eval_episodes=100, learning_starts=2_000, batch_size=128, gamma=0.95,
+    total_timesteps=100_000, num_envs=8, eval_every=10_000, eval_episodes=100, learning_starts=2_000, gamma=0.95,
     updates_per_step=0.25, policy_lr=1e-3, q_lr=1e-3, policy_hidden=64, critic_hidden=128, v_min=-30.0, v_max=10.0,
     bn_warmup=5_000, alpha=0.005,
 )  # fmt: skip

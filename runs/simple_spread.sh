@@ -11,13 +11,13 @@ run() { python omad.py --env-id mpe_simple_spread --run-dir "runs/results/$1" "$
 case "${1:-}" in
   default) for seed in 1 2 3; do run omad --seed $seed; run omad_gaussian --seed $seed --policy gaussian; done ;;
   ablations)
-    for seed in 1 2; do run omad_target_networks --seed $seed --target-networks; done
-    run omad_lr_3e-4 --policy-lr 3e-4 --q-lr 3e-4
-    run omad_batch_256 --batch-size 256
-    run omad_alpha_1 --alpha 1.0 ;;
-  long)
-    run omad_long --total-timesteps 900000 --eval-every 30000
-    run omad_long_batch_256 --total-timesteps 700000 --eval-every 50000 --batch-size 256 --eval-episodes 400 ;;
+    for seed in 1 2; do run omad_target_networks --seed $seed --target-networks --batch-size 128 --total-timesteps 120000; done
+    run omad_lr_3e-4 --policy-lr 3e-4 --q-lr 3e-4 --batch-size 128 --total-timesteps 120000
+    run omad_alpha_1 --alpha 1.0 --batch-size 128 --total-timesteps 120000
+    for seed in 1 2 3; do run omad_batch_128 --seed $seed --batch-size 128 --total-timesteps 120000; done
+    for seed in 1 2 3; do run omad_gaussian_batch_128 --seed $seed --policy gaussian --batch-size 128 --total-timesteps 120000; done
+    run omad_batch_128_long --batch-size 128 --total-timesteps 900000 --eval-every 30000 ;;
+  long) run omad_long --total-timesteps 700000 --eval-every 50000 --eval-episodes 400 ;;
   fresh)
     for checkpoint in runs/results/*/*/checkpoint.pt; do
       run=$(dirname "$checkpoint")

@@ -3,12 +3,14 @@
     python runs/summary.py                       # everything under runs/results
     python runs/summary.py runs/results/omad runs/results/omad_gaussian --picture compare.png
 
-A folder holds the runs of one variant, one per seed. The table shows, over seeds (mean ± standard deviation): the last and the
-best evaluation, and the wall time and steps until the first evaluation at or above the threshold. Last and best are never mixed.
+A folder holds the runs of one variant, one per seed. The table shows, over seeds (mean ± standard deviation): the final policy's
+return on 1000 start states it never saw (from fresh.txt, made by `bash runs/simple_spread.sh fresh`), the last and the best
+evaluation of the run itself, and the wall time and steps until its first evaluation at or above the threshold.
 """
 
 import csv
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,10 +48,17 @@ def read(folder: Path) -> list[tuple[dict, dict[str, np.ndarray]]]:
     return sorted(runs, key=lambda run: run[0]["seed"])
 
 
+def fresh_returns() -> dict[tuple[str, ...], float]:
+    """(Variant, run directory) -> return of its final policy on fresh start states."""
+    path = Path(__file__).parent / "results" / "fresh.txt"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {tuple(line.split()[:2]): float(re.search(r"return (\S+) ±", line)[1]) for line in lines}
+
+
 def spread(values: list[float], digits: int) -> str:
     known = [value for value in values if not np.isnan(value)]
     if not known:
-        return "never"
+        return "–"
     text = f"{np.mean(known):,.{digits}f}" + (f" ± {np.std(known, ddof=1):,.{digits}f}" if len(known) > 1 else "")
     return text + (f" ({len(known)} of {len(values)})" if len(known) < len(values) else "")
 
@@ -59,16 +68,17 @@ def main() -> None:
     folders = options.folders or sorted({path.parent.parent for path in (Path(__file__).parent / "results").glob("*/*/eval.csv")})
     figure, (by_step, by_time) = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
     print(
-        f"| variant | seeds | steps | last return | best return | seconds to {options.threshold:g} | steps to {options.threshold:g} | minutes |"
+        f"| variant | seeds | steps | fresh return | last return | best return | seconds to {options.threshold:g} | steps to {options.threshold:g} | minutes |"
     )
-    print("|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|")
     for i, folder in enumerate(folders):
         columns = [run for _, run in read(folder)]
+        fresh = [fresh_returns().get((folder.name, path.parent.name), np.nan) for path in sorted(folder.glob("*/eval.csv"))]
         reached = [np.flatnonzero(run["return_mean"] >= options.threshold) for run in columns]
         first = lambda key: [run[key][at[0]] if len(at) else np.nan for run, at in zip(columns, reached)]
         seeds = ", ".join(str(args["seed"]) for args, _ in read(folder))
         print(
-            f"| {folder.name} | {seeds} | {columns[0]['step'][-1]:,.0f} | {spread([run['return_mean'][-1] for run in columns], 2)}"
+            f"| {folder.name} | {seeds} | {columns[0]['step'][-1]:,.0f} | {spread(fresh, 2)} | {spread([run['return_mean'][-1] for run in columns], 2)}"
             f" | {spread([run['return_mean'].max() for run in columns], 2)} | {spread(first('wall_time_s'), 0)} | {spread(first('step'), 0)}"
             f" | {spread([run['wall_time_s'][-1] / 60 for run in columns], 1)} |"
         )

@@ -265,7 +265,7 @@ def test_every_flag_is_documented(capsys):
         (["--batch-size", "0"], ["--batch-size", "0"]),
         (["--v-min", "5", "--v-max", "5"], ["--v-min", "--v-max"]),
         (["--updates-per-step", "0.3"], ["--updates-per-step", "whole"]),
-        (["--learning-starts", "120000"], ["--learning-starts", "--total-timesteps"]),
+        (["--learning-starts", "100000"], ["--learning-starts", "--total-timesteps"]),
         (["--buffer-size", "4"], ["--buffer-size", "--num-envs"]),
         (["--device", "tpu"], ["--device", "tpu"]),
         (["--eval-every", "100"], ["--eval-every", "200", "episode"]),
