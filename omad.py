@@ -5,10 +5,10 @@
     python omad.py --resume runs/<run>                     # goes on after a crash; on the CPU as if it had not happened
     tensorboard --logdir runs                              # watch it
 
-Method: "Diffusing to Coordinate: Efficient Online Multi-Agent Diffusion Policies", arXiv 2602.18291, equations [OMAD ...].
-Where that paper leaves a choice open, the single-agent method it extends decides: "DIME: Diffusion-Based Maximum Entropy
-Reinforcement Learning", arXiv 2502.02316, [DIME ...]. Equation labels without a number are ours. Our own choices are marked
-[deviation Dn]; README.md lists every one with its reason.
+Method: "Diffusing to Coordinate: Efficient Online Multi-Agent Diffusion Policies", arXiv 2602.18291. Where that paper leaves a
+choice open, the single-agent method it extends decides: "DIME: Diffusion-Based Maximum Entropy Reinforcement Learning", arXiv
+2502.02316. Labels in brackets, [OMAD ...] and [DIME ...], are ours: README.md has the equation behind each. Where we depart from
+both, the code says [deviation Dn], and README.md lists it with its reason.
 
 In five sentences. Every agent turns Gaussian noise into an action by a few denoising steps that see only its own observation.
 The likelihood of such an action is intractable, so the joint entropy is replaced by a lower bound, a sum over agents of path
@@ -34,6 +34,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +81,7 @@ class Args:
     run_dir: str = "runs"
     """folder in which the run's own directory is made"""
     resume: RunDir = ""
-    """go on with the run in this directory; of the other flags, only those that do not change its course are allowed"""
+    """go on with the run in this directory; its hyper-parameters stay, its length, device and threads may change"""
     evaluate: RunDir = ""
     """only evaluate the run in this directory"""
     capture_video: bool = False
@@ -147,13 +148,13 @@ class Args:
     """the entropy target is this times the joint action dimension, compared with the running cost [OMAD temperature]"""
 
 
-MANY = 10**12
+MANY, BIG = 10**12, 10**6
 LIMITS = {  # smallest and largest value allowed
     "seed": (0, 2**31 - 1), "total_timesteps": (1, MANY), "num_envs": (1, 4096), "torch_threads": (0, 4096),
     "eval_every": (1, MANY), "eval_episodes": (1, 4096), "learning_starts": (0, MANY), "buffer_size": (1, MANY),
-    "batch_size": (2, MANY), "gamma": (0.0, 1.0), "updates_per_step": (1e-4, 1e3), "policy_frequency": (1, MANY),
+    "batch_size": (2, BIG), "gamma": (0.0, 1.0), "updates_per_step": (1e-4, 1e3), "policy_frequency": (1, BIG),
     "policy_lr": (1e-12, 1e12), "q_lr": (1e-12, 1e12), "adam_beta1": (0.0, 0.9999), "denoising_steps": (1, 1000),
-    "policy_hidden": (1, MANY), "policy_grad_clip": (1e-12, math.inf), "critic_hidden": (1, MANY), "n_atoms": (2, MANY),
+    "policy_hidden": (1, BIG), "policy_grad_clip": (1e-12, math.inf), "critic_hidden": (1, BIG), "n_atoms": (2, BIG),
     "v_min": (-1e9, 1e9), "v_max": (-1e9, 1e9), "critic_entropy_coef": (0.0, 1e3), "bn_momentum": (0.0, 1.0),
     "bn_warmup": (0, MANY), "tau": (0.0, 1.0), "alpha": (1e-12, 1e6), "alpha_lr": (1e-12, 1e12),
     "target_entropy_scale": (-1e3, 1e3),
@@ -226,7 +227,8 @@ class DiffusionPolicy(nn.Module):
         self.phase = nn.Parameter(torch.zeros(n, 1, hidden))
         self.time1, self.time2 = ParallelLinear(n, 2 * hidden, hidden), ParallelLinear(n, hidden, hidden)
         # The first layer acts on [x, o, time]. It is kept as three blocks of one matrix, because the observation's share is the
-        # same at every step and the time's share the same for every row: both are computed once per chain.
+        # same at every step and the time's share the same for every row: both are computed once per chain. Each block has a
+        # bias of its own, so that the first layer's is a sum of three [deviation D5].
         fan_in = action_mask.sum(1) + obs_mask.sum(1) + hidden
         self.in_x, self.in_obs, self.in_time = (ParallelLinear(n, size, hidden, fan_in) for size in (a, o, hidden))
         self.hidden1, self.hidden2, self.out = (ParallelLinear(n, hidden, size) for size in (hidden, hidden, a))
@@ -578,14 +580,18 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
 
 
-def evaluate(agent: OMAD, envs: gym.vector.VectorEnv, seed: int, check_finite: Callable[[str, np.ndarray], None]) -> np.ndarray:
-    """Team return of one sampled episode in each of `envs`; start states and noise depend on `seed` only."""
+def evaluate(agent: OMAD, envs: gym.vector.VectorEnv, seed: int) -> np.ndarray:
+    """Team return of one sampled episode in each of `envs`; start states and noise depend on `seed` only.
+
+    Raises `FloatingPointError` for an action that is not finite.
+    """
     generator = torch.Generator(agent.device).manual_seed(seed)
     obs, _ = envs.reset(seed=seed)
     returns, finished = np.zeros(envs.num_envs), np.zeros(envs.num_envs, bool)
     while not finished.all():
         action = agent.act(obs, generator)
-        check_finite("action in evaluation", action)
+        if not np.isfinite(action).all():
+            raise FloatingPointError("action in evaluation is not finite")
         obs, _, terminated, truncated, info = envs.step(action)
         done = terminated | truncated
         if done.any():
@@ -604,11 +610,12 @@ def train(args: Args, saved: dict | None) -> None:
     env = envs.envs[0].unwrapped
     try:
         agent, replay = OMAD(env, args, device), Replay(env, min(args.buffer_size, args.total_timesteps + args.num_envs), device)
+        seconds = estimate_seconds(env, args, device)
     except (MemoryError, RuntimeError) as error:
-        raise BadInput(f"networks or replay of these sizes cannot be made: {_first_line(error)}") from error
+        raise BadInput(f"networks, batches or replay of these sizes cannot be made: {_first_line(error)}") from error
     generator = torch.Generator(device).manual_seed(args.seed)
     run = Run(args, agent, replay, generator, saved)
-    run.announce(env)
+    run.announce(env, seconds)
     if not run.rows:
         run.evaluate_and_save(eval_envs)
     # After every checkpoint, resumed or not, the environments start again from a seed that the step determines [deviation D4].
@@ -679,17 +686,20 @@ class Run:
         self.step, self.updates, self.last_return, self.rows, self.seconds_before = 0, 0, math.nan, [], 0.0
         if saved:
             self.restore(saved)
-        if args.resume:
-            write_config(self.path, args)  # the flags may have changed
+        if args.resume:  # some flags may have changed
+            try:
+                write_config(self.path, args)
+            except FailedRun as error:
+                raise BadInput(str(error)) from error
         self.pending: list[tuple[int, str, Tensor]] = []  # scalars still on the device: (step, name, value)
         self.writer = SummaryWriter(str(self.path), purge_step=self.step + 1 if saved else 0)
         self.started = self.reported = time.time()
         self.reported_step = self.step
 
-    def announce(self, env: TeamEnv) -> None:
+    def announce(self, env: TeamEnv, seconds: float) -> None:
         args, agent = self.args, self.agent
         count = lambda module: f"{sum(p.numel() for p in module.parameters()):,} parameters"
-        seconds = estimate_seconds(env, args, agent.device) * (1 - self.step / args.total_timesteps)
+        seconds *= 1 - self.step / args.total_timesteps
         print(f"task      {args.env_id}: {TASKS[args.env_id].description}")
         print(
             f"sizes     {env.num_agents} agents; observations {env.obs_sizes}, actions {env.action_sizes}, joint state {env.state_size}"
@@ -736,7 +746,8 @@ class Run:
             saved = f"state saved to {self.path / 'failed.pt'}"
         except FailedRun as error:
             saved = str(error)
-        raise FailedRun(f"step {step}: {what}; {saved}; the last good state is in {self.path / 'checkpoint.pt'}")
+        good = self.path / "checkpoint.pt"
+        raise FailedRun(f"step {step}: {what}; {saved}" + (f"; the last good state is in {good}" if good.exists() else ""))
 
     def episodes(self, returns: np.ndarray, lengths: np.ndarray) -> None:
         self.last_return = float(returns.mean())
@@ -758,7 +769,12 @@ class Run:
 
     def evaluate_and_save(self, envs: gym.vector.VectorEnv) -> None:
         self.flush()
-        returns = evaluate(self.agent, envs, _seed(self.args.seed, 1), self.check_finite)
+        try:
+            returns = evaluate(self.agent, envs, _seed(self.args.seed, 1))
+        except FloatingPointError as error:
+            self.fail(str(error), self.step)
+        if not all(value.isfinite().all() for value in self.agent.state_dict().values()):
+            self.fail("a parameter or statistic of the networks is not finite", self.step)  # before it replaces the good one
         mean, std = float(returns.mean()), float(returns.std())
         self.rows.append(dict(zip(COLUMNS, (self.step, round(self.seconds, 1), mean, std, len(returns)))))
         line = f"eval at step {self.step:,} after {_duration(self.seconds)}: return {mean:.2f} ± {std:.2f} over {len(returns)} episodes"
@@ -791,10 +807,12 @@ class Run:
             self.agent.load_state_dict(saved["agent"])
             self.replay.load_state_dict(saved["replay"])
             for name, optimizer in self.agent.optimizers.items():
-                optimizer.load_state_dict(saved["optimizers"][name])
-                for parameter, state in optimizer.state.items():  # torch checks the number of parameters, not their shapes
-                    if any(moment.shape != parameter.shape for key, moment in state.items() if key != "step"):
-                        raise ValueError(f"optimizer state of another size for the {name}")
+                settings = optimizer.state_dict()["param_groups"]  # learning rates and the like are the arguments'
+                optimizer.load_state_dict({"state": saved["optimizers"][name]["state"], "param_groups": settings})
+                for parameter, state in optimizer.state.items():  # torch does not check shapes, and fused Adam trusts them
+                    shapes = {key: tuple(value.shape) for key, value in state.items()}
+                    if shapes != {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}:
+                        raise ValueError(f"optimizer state of the {name} has shapes {shapes}")
             self.step, self.updates = int(saved["step"]), int(saved["updates"])
             self.last_return, self.seconds_before = float(saved["last_return"]), float(saved["seconds"])
             self.rows = [{key: row[key] + 0 for key in COLUMNS} for row in saved["rows"]]
@@ -813,9 +831,8 @@ def _must_fit(path: Path):
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from error
     except Exception as error:
-        raise BadInput(
-            f"{path}: does not fit this omad.py: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        ) from error
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise BadInput(f"{path}: cut short, or not written by this omad.py: {reason[:200]}") from error
 
 
 def _first_line(error: BaseException) -> str:
@@ -874,16 +891,16 @@ def load(run_dir: str) -> tuple[Args, dict | None]:
     saved = None
     with _must_fit(path if path.is_file() else config):
         if path.is_file():
-            try:
-                saved = torch.load(path, map_location="cpu", weights_only=True)
-            except Exception as error:  # torch raises many kinds here
-                raise BadInput(
-                    f"not a readable checkpoint (cut short, or not written by omad.py): {type(error).__name__}"
-                ) from error
-            if not isinstance(saved, dict) or saved.get("format") != FORMAT or not isinstance(saved.get("step"), int):
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            if (
+                not isinstance(saved, dict)
+                or saved.get("format") != FORMAT
+                or not isinstance(saved.get("step"), int)
+                or saved["step"] < 0
+            ):
                 raise BadInput(f"not a checkpoint of this version of omad.py (format {FORMAT})")
         args = Args(**(saved["args"] if saved else json.loads(config.read_bytes())["args"]))
-        args = dataclasses.replace(args, resume="", evaluate="", capture_video=False)
+        args = dataclasses.replace(args, resume="", evaluate="")
         validate(args)
     return args, saved
 
@@ -910,7 +927,9 @@ def draw_curve(path: Path, args: Args, rows: list[dict]) -> None:
 
 def record_video(agent: OMAD, args: Args, folder: Path, episodes: int = 4) -> None:
     """Videos of the policy through gymnasium's own wrapper; needs no screen."""
-    env = gym.wrappers.RecordVideo(make_env(args.env_id, "rgb_array"), str(folder), episode_trigger=lambda _: True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # older videos in the folder are replaced
+        env = gym.wrappers.RecordVideo(make_env(args.env_id, "rgb_array"), str(folder), episode_trigger=lambda _: True)
     generator = torch.Generator(agent.device).manual_seed(args.seed)
     for episode in range(episodes):
         obs, _ = env.reset(seed=_seed(args.seed, 1) + episode)
@@ -923,29 +942,29 @@ def record_video(agent: OMAD, args: Args, folder: Path, episodes: int = 4) -> No
 
 
 def estimate_seconds(env: TeamEnv, args: Args, device: torch.device) -> float:
-    """Expected seconds of the whole run, from a few updates and one episode of a throwaway agent on this machine."""
-    with torch.random.fork_rng():
+    """Expected seconds of the whole run, from a few updates and steps of a throwaway agent on this machine."""
+    with torch.random.fork_rng(devices=[]):  # networks are initialised on the CPU
         agent, replay, generator = OMAD(env, args, device), Replay(env, 1, device), torch.Generator(device).manual_seed(0)
     replay.added = 1  # one empty transition
-    horizon = TASKS[args.env_id].horizon
+    batch = replay.sample(args.batch_size, generator)
+    obs = np.zeros((args.num_envs, *env.obs_mask.shape), np.float32)
     env.reset(seed=0)
-
-    def learn():
-        for _ in range(args.policy_frequency):
-            agent.update_critic(batch := replay.sample(args.batch_size, generator), generator)
-        agent.update_policies(batch, generator)["diag/alpha"].item()
 
     def seconds(function, repeats):
         function()  # the first call is slower
         start = time.perf_counter()
         for _ in range(repeats):
             function()
+        agent.log_alpha.item()  # wait for the device
         return (time.perf_counter() - start) / repeats
 
-    act = seconds(lambda: agent.act(np.zeros((args.num_envs, *env.obs_mask.shape), np.float32), generator), 5) / args.num_envs
-    step = seconds(lambda: env.reset(seed=0) and env.step(np.zeros(env.action_space.shape)), 20)
-    evaluation = 1 + args.eval_episodes * horizon / args.eval_every  # evaluation steps come on top of each training step
-    return args.total_timesteps * (act + step * evaluation + seconds(learn, 5) * args.updates_per_step / args.policy_frequency)
+    critic, policy = (seconds(lambda: update(batch, generator), 8) for update in (agent.update_critic, agent.update_policies))
+    act = seconds(lambda: agent.act(obs, generator), 8) / args.num_envs
+    step = seconds(lambda: env.step(np.zeros(env.action_space.shape)), min(TASKS[args.env_id].horizon - 1, 20) or 1)
+    evaluation = args.eval_episodes * TASKS[args.env_id].horizon / args.eval_every  # its steps per training step
+    return args.total_timesteps * (
+        act + step * (1 + evaluation) + args.updates_per_step * (critic + policy / args.policy_frequency)
+    )
 
 
 def _duration(seconds: float) -> str:
@@ -968,6 +987,8 @@ def validate(args: Args) -> None:
         if type(value) is not type(field.default) or get_origin(field.type) is Literal and value not in get_args(field.type):
             raise BadInput(f"{_flag(field.name)} cannot be {value!r}")
     check_task(args.env_id)
+    if not args.run_dir:
+        raise BadInput("--run-dir needs a value")
     for name, (low, high) in LIMITS.items():
         if not low <= getattr(args, name) <= high:
             raise BadInput(f"{_flag(name)} {getattr(args, name)} is out of range: it must be at least {low} and at most {high}")
@@ -1022,32 +1043,27 @@ def parse(argv: list[str]) -> tuple[Args, dict | None]:
         raise BadInput(
             f"unknown argument '{unknown[0]}'; " + (f"did you mean {' or '.join(near)}?" if near else "--help lists the flags")
         )
-    validate(args)
     if old:
         if args.evaluate and not saved:
             raise BadInput(f"{old}: no checkpoint.pt there yet; python omad.py --resume {old} goes on with the run")
-        if saved and not args.evaluate and args.total_timesteps < saved["step"]:
+        if saved and not args.evaluate and args.total_timesteps < min(saved["step"], default.total_timesteps):
             raise BadInput(f"--total-timesteps {args.total_timesteps}: the run in {old} is at step {saved['step']} already")
         free = {"resume", "evaluate", "device", "torch_threads", "capture_video"}
         free |= {"seed", "eval_episodes"} if args.evaluate else {"total_timesteps"}
         for name, value in dataclasses.asdict(default).items():
             if getattr(args, name) != value and name not in free:
                 raise BadInput(f"{_flag(name)} cannot be changed for the run in {old}, which has {value}")
+    validate(args)
     return args, saved
 
 
 def evaluate_run(args: Args, saved: dict) -> None:
-    """--evaluate: the return of a saved run. With the run's own seed it repeats the last row of its eval.csv."""
-
-    def check_finite(quantity: str, values: np.ndarray) -> None:
-        if not np.isfinite(values).all():
-            raise FailedRun(f"{args.evaluate}: {quantity} is not finite")
-
+    """--evaluate: the return of a saved run. With the run's own seed and episodes it repeats the last row of its eval.csv."""
     envs = make_vec(args.env_id, args.eval_episodes)
-    agent = OMAD(envs.envs[0].unwrapped, args, pick_device(args.device))
     with _must_fit(Path(args.evaluate) / "checkpoint.pt"):
+        agent = OMAD(envs.envs[0].unwrapped, args, pick_device(args.device))
         agent.load_state_dict(saved["agent"])
-    returns = evaluate(agent, envs, _seed(args.seed, 1), check_finite)
+    returns = evaluate(agent, envs, _seed(args.seed, 1))
     result = f"return {returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} episodes"
     print(f"{args.env_id}, {args.policy} policy, step {saved['step']:,}: {result}")
     if args.capture_video:
@@ -1071,14 +1087,11 @@ def main(argv: list[str] | None = None) -> int:
     except (BadInput, UnknownTask) as error:
         print(f"omad.py: error: {error}", file=sys.stderr)
         return 2
-    except (FailedRun, OSError, MemoryError, torch.OutOfMemoryError) as error:
+    except (FailedRun, FloatingPointError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         print(f"omad.py: failed: {_first_line(error)}", file=sys.stderr)
         return 3
     except KeyboardInterrupt:
-        print(
-            "omad.py: interrupted; to go on: python omad.py --resume RUN_DIR, with the directory behind 'logs' above",
-            file=sys.stderr,
-        )
+        print("omad.py: interrupted; a training run goes on with --resume and the directory behind 'logs'", file=sys.stderr)
         return 130
 
 

@@ -98,7 +98,7 @@ def test_evaluation_does_not_disturb_training(cli, tmp_path, monkeypatch):
     """Other evaluation episodes, or none at all: the same networks at the end."""
     for episodes in (1, 5):
         assert cli(*SHORT, "--eval-episodes", episodes)[0] == 0
-    monkeypatch.setattr(omad, "evaluate", lambda agent, envs, seed, check_finite: np.zeros(1))
+    monkeypatch.setattr(omad, "evaluate", lambda agent, envs, seed: np.zeros(1))
     assert cli(*SHORT)[0] == 0
     first, *others = (weights(run) for run in run_dirs(tmp_path))
     assert all(torch.equal(value, other[name]) for other in others for name, value in first.items())
@@ -182,6 +182,20 @@ def test_a_finished_run_can_be_made_longer(cli, tmp_path):
     (run,) = run_dirs(tmp_path)
     assert cli("--resume", run, "--total-timesteps", "600", run_dir=False)[0] == 0
     assert [row["step"] for row in rows(run)] == ["0", "100", "200", "300", "400", "500", "600"]
+
+
+def test_a_run_killed_while_finishing_is_finished_by_resume(cli, tmp_path):
+    """Also when the last step is beyond the total, because 4 environments step together; and the video is still wanted."""
+    pytest.importorskip("moviepy")
+    assert cli(*SHORT, "--total-timesteps", "398", "--capture-video")[0] == 0
+    (run,) = run_dirs(tmp_path)
+    (run / "curve.png").unlink()
+    for video in (run / "videos").iterdir():
+        video.unlink()
+    code, _, err = cli("--resume", run, run_dir=False)
+    assert code == 0, err
+    assert (run / "curve.png").exists() and len(list((run / "videos").glob("*.mp4"))) == 4
+    assert [row["step"] for row in rows(run)] == ["0", "100", "200", "300", "400"]
 
 
 def test_evaluate_repeats_the_last_evaluation(cli, tmp_path):
@@ -270,6 +284,9 @@ def test_every_flag_is_documented(capsys):
         (["--device", "tpu"], ["--device", "tpu"]),
         (["--eval-every", "100"], ["--eval-every", "200", "episode"]),
         (["--policy-lr", "inf"], ["--policy-lr", "inf"]),
+        (["--batch-size", "1000000000000"], ["--batch-size"]),
+        (["--run-dir", ""], ["--run-dir"]),
+        (["--run-dir="], ["--run-dir"]),
         (["--buffer-size", "100000000000", "--total-timesteps", "100000000000"], ["replay", "cannot be made"]),
         (["--resume", "nowhere"], ["nowhere"]),
         (["--resume", ""], ["--resume"]),
@@ -277,7 +294,7 @@ def test_every_flag_is_documented(capsys):
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(cli, tmp_path, flags, words):
-    code, out, err = cli(*flags)
+    code, out, err = cli(*flags, run_dir="--run-dir" not in flags[0])
     assert code == 2 and one_line(err) and not out, err
     assert all(word in err for word in words), err
     assert list(tmp_path.iterdir()) == []
@@ -344,10 +361,14 @@ def test_bad_checkpoints(cli, tmp_path):
     bad(lambda: torch.save(good | {"args": good["args"] | {"num_envs": 4.0}}, path))
     bad(lambda: torch.save(good | {"args": good["args"] | {"device": "tpu"}}, path))
     bad(lambda: torch.save(good | {"step": "abc"}, path))
+    bad(lambda: torch.save(good | {"step": -50}, path))
+    bad(lambda: torch.save(good | {"args": good["args"] | {"policy_hidden": 10**6}}, path), ["--evaluate"])
     bad(lambda: torch.save({k: v for k, v in good.items() if k != "agent"}, path))
     momenta = copy.deepcopy(good["optimizers"])
     next(iter(momenta["policy"]["state"].values()))["exp_avg"] = torch.zeros(2)  # fused Adam would write out of bounds
-    for change in ({"optimizers": momenta}, {"rows": [1]}, {"rows": [{"x": 1}]}, {"seconds": "x"}, {"updates": None},
+    partial = copy.deepcopy(good["optimizers"])
+    del next(iter(partial["critic"]["state"].values()))["exp_avg"]
+    for change in ({"optimizers": momenta}, {"optimizers": partial}, {"optimizers": {}}, {"rows": [1]}, {"rows": [{"x": 1}]}, {"seconds": "x"}, {"updates": None},
                    {"replay": good["replay"] | {"added": 10**18}}, {"replay": good["replay"] | {"added": "x"}}):  # fmt: skip
         bad(lambda: torch.save(good | change, path), ["--resume"])
     assert not proof.exists()
@@ -394,7 +415,23 @@ def test_non_finite_action_in_evaluation(cli, tmp_path, monkeypatch):
     code, _, err = cli("--evaluate", run, run_dir=False)
     assert code == 3 and one_line(err) and "action in evaluation is not finite" in err
     code, _, err = cli(*SHORT)
-    assert code == 3 and one_line(err) and "step 0: action in evaluation is not finite" in err
+    assert code == 3 and one_line(err) and "step 0: action in evaluation is not finite" in err and "last good" not in err
+
+
+def test_non_finite_networks_do_not_replace_the_last_good_checkpoint(cli, tmp_path, monkeypatch):
+    evaluate, calls = omad.evaluate, []
+
+    def then_break(agent, envs, seed):
+        returns = evaluate(agent, envs, seed)
+        calls.append(seed)
+        if len(calls) == 3:
+            agent.critic.out.weight.data[0, 0, 0] = torch.nan  # as a bad last optimiser step would leave it
+        return returns
+
+    monkeypatch.setattr(omad, "evaluate", then_break)
+    code, _, err = cli(*SHORT)
+    assert code == 3 and one_line(err) and "step 200: a parameter" in err
+    assert torch.load(run_dirs(tmp_path)[0] / "checkpoint.pt", weights_only=True)["step"] == 100
 
 
 def test_interrupt_says_how_to_go_on(cli, tmp_path, monkeypatch):

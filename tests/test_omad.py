@@ -1,6 +1,5 @@
 """The method itself: each test fails for a wrong algorithm, not only for a crash."""
 
-import dataclasses
 import math
 
 import numpy as np
@@ -475,8 +474,3 @@ def test_replay_is_a_ring():
     assert sorted(replay.data["reward"].tolist()) == list(range(14, 24))
     counts = np.bincount(replay.sample(20_000, generator())["reward"].int(), minlength=24)
     assert counts[:14].sum() == 0 and counts[14:].min() > 1800
-
-
-def test_arguments_are_frozen():
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        Args().gamma = 0.5
