@@ -619,7 +619,7 @@ def train(args: Args, saved: dict | None) -> None:
     if not run.rows:
         run.evaluate_and_save(eval_envs)
     # After every checkpoint, resumed or not, the environments start again from a seed that the step determines [deviation D4].
-    restart = lambda: envs.reset(seed=_seed(args.seed, run.step))
+    restart = lambda: envs.reset(seed=mix_seed(args.seed, run.step))
     obs, info = restart()
     state = info["state"]
 
@@ -770,7 +770,7 @@ class Run:
     def evaluate_and_save(self, envs: gym.vector.VectorEnv) -> None:
         self.flush()
         try:
-            returns = evaluate(self.agent, envs, _seed(self.args.seed, 1))
+            returns = evaluate(self.agent, envs, mix_seed(self.args.seed, 1))
         except FloatingPointError as error:
             self.fail(str(error), self.step)
         if not all(value.isfinite().all() for value in self.agent.state_dict().values()):
@@ -819,7 +819,7 @@ class Run:
             if saved["device"] == self.agent.device.type:
                 self.generator.set_state(saved["generator"])
             else:  # a CUDA generator's state means nothing to the CPU's, or the other way round
-                self.generator.manual_seed(_seed(self.args.seed, self.step))
+                self.generator.manual_seed(mix_seed(self.args.seed, self.step))
                 print(f"note      the run was on {saved['device']}: its random numbers go on differently here")
 
 
@@ -932,7 +932,7 @@ def record_video(agent: OMAD, args: Args, folder: Path, episodes: int = 4) -> No
         env = gym.wrappers.RecordVideo(make_env(args.env_id, "rgb_array"), str(folder), episode_trigger=lambda _: True)
     generator = torch.Generator(agent.device).manual_seed(args.seed)
     for episode in range(episodes):
-        obs, _ = env.reset(seed=_seed(args.seed, 1) + episode)
+        obs, _ = env.reset(seed=mix_seed(args.seed, 1) + episode)
         done = False
         while not done:
             obs, _, terminated, truncated, _ = env.step(agent.act(obs[None], generator)[0])
@@ -971,8 +971,8 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-def _seed(*parts: int) -> int:
-    """One well-mixed seed from several numbers, below 2^31, so that environments can count up from it."""
+def mix_seed(*parts: int) -> int:
+    """One well-mixed seed, below 2^31 so that environments can count up from it: (seed, 1) evaluates, (seed, step) restarts."""
     return int(np.random.SeedSequence(parts).generate_state(1)[0] // 2)
 
 
@@ -1063,7 +1063,7 @@ def evaluate_run(args: Args, saved: dict) -> None:
     with _must_fit(Path(args.evaluate) / "checkpoint.pt"):
         agent = OMAD(envs.envs[0].unwrapped, args, pick_device(args.device))
         agent.load_state_dict(saved["agent"])
-    returns = evaluate(agent, envs, _seed(args.seed, 1))
+    returns = evaluate(agent, envs, mix_seed(args.seed, 1))
     result = f"return {returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} episodes"
     print(f"{args.env_id}, {args.policy} policy, step {saved['step']:,}: {result}")
     if args.capture_video:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The results on mpe_simple_spread shown in README.md: about two and a half hours on one core, less on two (run the parts side by side).
+# The results on mpe_simple_spread shown in README.md: three and a half hours of one core; on two, run the parts side by side.
 #   bash runs/simple_spread.sh default     three seeds of the default command, and the Gaussian ablation beside them
-#   bash runs/simple_spread.sh ablations   target networks instead of the joint forward pass; the paper's values of three flags
+#   bash runs/simple_spread.sh ablations   at batch 128: target networks, two of the paper's values, what they compare with, a long run
 #   bash runs/simple_spread.sh long        the longer run
 #   bash runs/simple_spread.sh fresh       every run's final policy on 1000 episodes with start states it never saw in training
 # Then: python runs/summary.py
@@ -19,9 +19,11 @@ case "${1:-}" in
     run omad_batch_128_long --batch-size 128 --total-timesteps 900000 --eval-every 30000 ;;
   long) run omad_long --total-timesteps 700000 --eval-every 50000 --eval-episodes 400 ;;
   fresh)
+    shopt -s nullglob
     for checkpoint in runs/results/*/*/checkpoint.pt; do
-      run=$(dirname "$checkpoint")
-      echo "$(basename "$(dirname "$run")") $(basename "$run") $(python omad.py --evaluate "$run" --seed 1000 --eval-episodes 1000)"
-    done | tee runs/results/fresh.txt ;;
+      folder=$(dirname "$checkpoint")
+      python omad.py --evaluate "$folder" --seed 1000 --eval-episodes 1000 > "$folder/fresh.txt.tmp"
+      mv "$folder/fresh.txt.tmp" "$folder/fresh.txt"
+    done ;;
   *) sed -n 2,7p "$0"; exit 2 ;;
 esac

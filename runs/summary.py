@@ -4,7 +4,7 @@
     python runs/summary.py runs/results/omad runs/results/omad_gaussian --picture compare.png
 
 A folder holds the runs of one variant, one per seed. The table shows, over seeds (mean ± standard deviation): the final policy's
-return on 1000 start states it never saw (from fresh.txt, made by `bash runs/simple_spread.sh fresh`), the last and the best
+return on 1000 start states it never saw (fresh.txt, made by `bash runs/simple_spread.sh fresh`), the last and the best
 evaluation of the run itself, and the wall time and steps until its first evaluation at or above the threshold.
 """
 
@@ -34,25 +34,29 @@ class Options:
     """where the picture goes"""
 
 
-def read(folder: Path) -> list[tuple[dict, dict[str, np.ndarray]]]:
-    """(arguments, columns of eval.csv) of every run in a folder, by seed."""
-    runs = []
+@dataclass(frozen=True)
+class Result:
+    """One run: its arguments, the columns of its eval.csv, and its final policy's return on fresh start states (or NaN)."""
+
+    args: dict
+    columns: dict[str, np.ndarray]
+    fresh: float
+
+
+def read(folder: Path) -> list[Result]:
+    """The runs of one variant, by seed: they must differ in nothing else."""
+    results = []
     for path in sorted(folder.glob("*/eval.csv")):
         rows = list(csv.DictReader(path.open()))
-        runs.append(
-            (
-                json.loads((path.parent / "config.json").read_text())["args"],
-                {key: np.array([float(row[key]) for row in rows]) for key in rows[0]},
-            )
-        )
-    return sorted(runs, key=lambda run: run[0]["seed"])
-
-
-def fresh_returns() -> dict[tuple[str, ...], float]:
-    """(Variant, run directory) -> return of its final policy on fresh start states."""
-    path = Path(__file__).parent / "results" / "fresh.txt"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return {tuple(line.split()[:2]): float(re.search(r"return (\S+) ±", line)[1]) for line in lines}
+        fresh = path.parent / "fresh.txt"
+        value = float(re.search(r"return (\S+) ±", fresh.read_text())[1]) if fresh.exists() else np.nan
+        args = json.loads((path.parent / "config.json").read_text())["args"]
+        results.append(Result(args, {key: np.array([float(row[key]) for row in rows]) for key in rows[0]}, value))
+    same = {json.dumps({key: value for key, value in result.args.items() if key not in ("seed", "run_dir")}) for result in results}
+    seeds = [result.args["seed"] for result in results]
+    if len(same) > 1 or len(set(seeds)) < len(seeds):
+        raise SystemExit(f"{folder}: the runs differ in more than their seeds, or a seed is there twice")
+    return sorted(results, key=lambda result: result.args["seed"])
 
 
 def spread(values: list[float], digits: int) -> str:
@@ -67,21 +71,29 @@ def main() -> None:
     options = tyro.cli(Options)
     folders = options.folders or sorted({path.parent.parent for path in (Path(__file__).parent / "results").glob("*/*/eval.csv")})
     figure, (by_step, by_time) = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
+    level = f"{options.threshold:g}"
     print(
-        f"| variant | seeds | steps | fresh return | last return | best return | seconds to {options.threshold:g} | steps to {options.threshold:g} | minutes |"
+        f"| variant | seeds | steps | fresh return | last return | best return | seconds to {level} | steps to {level} | minutes |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
     for i, folder in enumerate(folders):
-        columns = [run for _, run in read(folder)]
-        fresh = [fresh_returns().get((folder.name, path.parent.name), np.nan) for path in sorted(folder.glob("*/eval.csv"))]
+        results = read(folder)
+        columns = [result.columns for result in results]
         reached = [np.flatnonzero(run["return_mean"] >= options.threshold) for run in columns]
-        first = lambda key: [run[key][at[0]] if len(at) else np.nan for run, at in zip(columns, reached)]
-        seeds = ", ".join(str(args["seed"]) for args, _ in read(folder))
-        print(
-            f"| {folder.name} | {seeds} | {columns[0]['step'][-1]:,.0f} | {spread(fresh, 2)} | {spread([run['return_mean'][-1] for run in columns], 2)}"
-            f" | {spread([run['return_mean'].max() for run in columns], 2)} | {spread(first('wall_time_s'), 0)} | {spread(first('step'), 0)}"
-            f" | {spread([run['wall_time_s'][-1] / 60 for run in columns], 1)} |"
-        )
+        cells = [
+            folder.name,
+            ", ".join(str(result.args["seed"]) for result in results),
+            f"{columns[0]['step'][-1]:,.0f}",
+            spread([result.fresh for result in results], 2),
+            spread([run["return_mean"][-1] for run in columns], 2),
+            spread([run["return_mean"].max() for run in columns], 2),
+            *(
+                spread([run[key][at[0]] if len(at) else np.nan for run, at in zip(columns, reached)], 0)
+                for key in ("wall_time_s", "step")
+            ),
+            spread([run["wall_time_s"][-1] / 60 for run in columns], 1),
+        ]
+        print(f"| {' | '.join(cells)} |")
         for k, run in enumerate(columns):
             style = dict(color=f"C{i}", alpha=0.8, label=folder.name if k == 0 else None)
             later = run["step"] > 0  # a logarithmic axis has no place for the evaluation before learning
