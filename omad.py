@@ -197,7 +197,7 @@ class ParallelLinear(nn.Module):
 
 
 class DiffusionPolicy(nn.Module):
-    """N independent diffusion policies pi_i(a_i | o_i), each a learned stochastic differential equation [OMAD policy].
+    """N independent diffusion policies pi_i(a_i | o_i), each a learned stochastic differential equation [OMAD chain].
 
     Each agent starts from x_0 ~ N(0, 2.5^2 I) and takes K Euler-Maruyama steps towards its action a = tanh(x_K), with its own
     score network u, step size and per-dimension friction, all learned.
