@@ -771,7 +771,7 @@ class Run:
     def evaluate_and_save(self, envs: gym.vector.VectorEnv) -> None:
         self.flush()
         try:
-            returns = evaluate(self.agent, envs, mix_seed(self.args.seed, 1))
+            returns = evaluate(self.agent, envs, evaluation_seed(self.args.seed))
         except FloatingPointError as error:
             self.fail(str(error), self.step)
         if not all(value.isfinite().all() for value in self.agent.state_dict().values()):
@@ -936,7 +936,7 @@ def record_video(agent: OMAD, args: Args, folder: Path, episodes: int = 4) -> No
         env = gym.wrappers.RecordVideo(make_env(args.env_id, "rgb_array"), str(folder), episode_trigger=lambda _: True)
     generator = torch.Generator(agent.device).manual_seed(args.seed)
     for episode in range(episodes):
-        obs, _ = env.reset(seed=mix_seed(args.seed, 1) + episode)
+        obs, _ = env.reset(seed=evaluation_seed(args.seed) + episode)
         done = False
         while not done:
             obs, _, terminated, truncated, _ = env.step(agent.act(obs[None], generator)[0])
@@ -976,8 +976,13 @@ def _duration(seconds: float) -> str:
 
 
 def mix_seed(*parts: int) -> int:
-    """One well-mixed seed, below 2^31 so that environments can count up from it: (seed, 1) evaluates, (seed, step) restarts."""
+    """One well-mixed seed from several numbers, below 2^31 so that environments can count up from it."""
     return int(np.random.SeedSequence(parts).generate_state(1)[0] // 2)
+
+
+def evaluation_seed(seed: int) -> int:
+    """Of the start states and the noise of every evaluation in a run with this seed."""
+    return mix_seed(seed, 1)
 
 
 def _flag(name: str) -> str:
@@ -1030,6 +1035,8 @@ def parse(argv: list[str]) -> tuple[Args, dict | None]:
     old, saved = first["--resume"] or first["--evaluate"], None
     if old:
         default, saved = load(old)
+        if first["--evaluate"]:  # a video is wanted only if this command asks for one; a resumed run still wants its own
+            default = dataclasses.replace(default, capture_video=False)
     else:
         check_task(first["--env-id"])
         default = Args(env_id=first["--env-id"], **PRESETS[first["--env-id"]])
@@ -1065,11 +1072,12 @@ def parse(argv: list[str]) -> tuple[Args, dict | None]:
 
 def evaluate_run(args: Args, saved: dict) -> None:
     """--evaluate: the return of a saved run. With the run's own seed and episodes it repeats the last row of its eval.csv."""
+    device = pick_device(args.device)
     envs = make_vec(args.env_id, args.eval_episodes)
     with _must_fit(Path(args.evaluate) / "checkpoint.pt"):
-        agent = OMAD(envs.envs[0].unwrapped, args, pick_device(args.device))
+        agent = OMAD(envs.envs[0].unwrapped, args, device)
         agent.load_state_dict(saved["agent"])
-    returns = evaluate(agent, envs, mix_seed(args.seed, 1))
+    returns = evaluate(agent, envs, evaluation_seed(args.seed))
     result = f"return {returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} episodes"
     print(f"{args.env_id}, {args.policy} policy, step {saved['step']:,}: {result}")
     if args.capture_video:
@@ -1084,7 +1092,6 @@ def main(argv: list[str] | None = None) -> int:
         args, saved = parse(sys.argv[1:] if argv is None else argv)
         if args.torch_threads:
             torch.set_num_threads(args.torch_threads)
-        pick_device(args.device)
         if args.evaluate:
             evaluate_run(args, saved)
         else:

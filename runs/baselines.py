@@ -18,7 +18,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from common.envs import make_env
-from omad import mix_seed
+from omad import evaluation_seed
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def main() -> None:
     for name in ("random", "scripted"):
         returns = []
         for episode in range(options.episodes):
-            obs, _ = env.reset(seed=mix_seed(options.run_seed, 1) + episode)
+            obs, _ = env.reset(seed=evaluation_seed(options.run_seed) + episode)
             order, total, done = assign(obs), 0.0, False
             while not done:
                 action = rng.uniform(-1, 1, env.action_space.shape) if name == "random" else pd_control(obs, order)

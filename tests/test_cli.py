@@ -195,6 +195,10 @@ def test_a_run_killed_while_finishing_is_finished_by_resume(cli, tmp_path):
     code, _, err = cli("--resume", run, run_dir=False)
     assert code == 0, err
     assert (run / "curve.png").exists() and len(list((run / "videos").glob("*.mp4"))) == 4
+    for video in (run / "videos").iterdir():
+        video.unlink()
+    assert cli("--evaluate", run, run_dir=False)[0] == 0
+    assert not list((run / "videos").iterdir())  # this command did not ask for one
     assert [row["step"] for row in rows(run)] == ["0", "100", "200", "300", "400"]
 
 

@@ -33,6 +33,12 @@ def make_policy(kind, steps=4, hidden=8, obs=OBS_SIZES, action=ACTION_SIZES):
     return policy
 
 
+def policy_with_inputs(kind):
+    """A policy of three unequal agents, seven observations [7, 3, 5] and the noise of their chains."""
+    policy = make_policy(kind)
+    return policy, torch.randn(7, 3, 5, generator=generator()), policy.noise(7, generator())
+
+
 def make_args(**changes):
     small = dict(batch_size=16, policy_hidden=8, critic_hidden=8, n_atoms=21, v_min=-5.0, v_max=5.0, denoising_steps=3, gamma=0.9)
     return Args(**small | changes)
@@ -215,8 +221,7 @@ def test_gradients_through_the_whole_chain(kind):
 
 @pytest.mark.parametrize("kind", POLICIES)
 def test_another_agents_observation_cannot_change_my_action(kind):
-    policy = make_policy(kind)
-    obs, noise = torch.randn(7, 3, 5, generator=generator()), policy.noise(7, generator())
+    policy, obs, noise = policy_with_inputs(kind)
     with torch.no_grad():
         before = policy(obs, noise)
         for other in range(3):
@@ -243,8 +248,7 @@ def single_agent(kind, policy, agent):
 
 @pytest.mark.parametrize("kind", POLICIES)
 def test_batched_agents_equal_separate_networks(kind):
-    policy = make_policy(kind)
-    obs, noise = torch.randn(7, 3, 5, generator=generator()), policy.noise(7, generator())
+    policy, obs, noise = policy_with_inputs(kind)
     with torch.no_grad():
         together = policy(obs, noise)
         for agent, (o, a) in enumerate(zip(OBS_SIZES, ACTION_SIZES)):
@@ -256,8 +260,8 @@ def test_batched_agents_equal_separate_networks(kind):
 
 @pytest.mark.parametrize("kind", POLICIES)
 def test_padding_never_leaks(kind):
-    policy, critic = make_policy(kind), Critic(4, masks(ACTION_SIZES), make_args()).eval()
-    obs, noise, state = torch.randn(7, 3, 5, generator=generator()), policy.noise(7, generator()), torch.zeros(7, 4)
+    policy, obs, noise = policy_with_inputs(kind)
+    critic, state = Critic(4, masks(ACTION_SIZES), make_args()).eval(), torch.zeros(7, 4)
     garbage_obs, garbage_noise = obs + 1e3 * ~masks(OBS_SIZES), noise + 1e3 * ~masks(ACTION_SIZES)
     results = [policy(o, n) for o, n in ((obs, noise), (garbage_obs, garbage_noise))]
     for clean, dirty in zip(*results):
