@@ -49,7 +49,7 @@ import tyro
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
-from common.envs import TASKS, TeamEnv, UnknownTask, check_task, make_env, make_vec
+from common.envs import TeamEnv, UnknownTask, check_observation, find_task, list_tasks, make_env, make_vec
 
 # ============================================================================================================================
 # 1. Arguments
@@ -64,7 +64,9 @@ class Args:
 
     # --- the run ---
     env_id: str = "mpe_simple_spread"
-    """the task; README.md lists them"""
+    """the task; --list-tasks prints them"""
+    observation: str = "own"
+    """what each agent sees: own (MPE); in MaMuJoCo full (the whole state and an agent id) or k0, k1, ... (own joints and those near)"""
     seed: int = 1
     """seed of everything random: networks, environments, noise, replay"""
     total_timesteps: int = 3_000_000
@@ -75,6 +77,10 @@ class Args:
     """where networks and replay live; auto: cuda if there is one"""
     torch_threads: int = 1
     """CPU threads for torch; one is fastest at the widths of the MPE presets, 0 leaves torch's own choice"""
+    cuda_graph: bool = True
+    """on a GPU, capture the update and acting as CUDA graphs, if they pass a check against the plain update at the start"""
+    compile: bool = False
+    """compile the networks with torch.compile, which takes a minute at the start"""
     eval_every: int = 50_000
     """environment steps between evaluations; each also writes the checkpoint and restarts the training environments"""
     eval_episodes: int = 10
@@ -168,12 +174,31 @@ MPE = dict(
     updates_per_step=0.25, policy_lr=1e-3, q_lr=1e-3, policy_hidden=64, critic_hidden=128, v_min=-30.0, v_max=10.0,
     bn_warmup=5_000, alpha=0.005,
 )  # fmt: skip
+# Multi-Agent MuJoCo has the sizes of the paper and of DIME. The support is symmetric: one whose middle is far from zero starts
+# as a far too high or too low value everywhere, and has to unlearn it.
+MAMUJOCO = dict(observation="full", v_min=-1000.0, v_max=1000.0)
 PRESETS: dict[str, dict] = {
     "mpe_simple_spread": MPE,
     "mpe_simple_spread_n4": MPE | dict(v_min=-60.0),
     "mpe_simple_reference": MPE | dict(v_min=-60.0),
     "mpe_simple_speaker_listener": MPE | dict(v_min=-90.0),
+    "mpe_simple_adversary": MPE | dict(v_min=-30.0, v_max=30.0),
+    "mpe_collect_treasure": MPE | dict(v_min=-60.0, v_max=60.0),
+    "mamujoco_halfcheetah": MAMUJOCO | dict(v_min=-2000.0, v_max=2000.0),
+    "mamujoco_swimmer": MAMUJOCO | dict(v_min=-50.0, v_max=50.0),
+    "mamujoco_manysegmentswimmer": MAMUJOCO | dict(v_min=-100.0, v_max=100.0),
+    "mamujoco_reacher": MAMUJOCO | dict(v_min=-50.0, v_max=50.0),
+    "mamujoco_pusher": MAMUJOCO | dict(v_min=-200.0, v_max=200.0),
+    "mamujoco_humanoid": MAMUJOCO | dict(v_min=-1500.0, v_max=1500.0),
+    "mamujoco_humanoidstandup": MAMUJOCO | dict(v_min=-30000.0, v_max=30000.0),
 }
+
+
+def preset(env_id: str) -> Args:
+    """The defaults of a task: its own row of `PRESETS`, or its robot's, or its suite's."""
+    robot = env_id.rpartition("_")[0]
+    suite = MAMUJOCO if env_id.startswith("mamujoco_") else MPE
+    return Args(env_id=env_id, **PRESETS.get(env_id, PRESETS.get(robot, suite) if suite is MAMUJOCO else suite))
 
 # ============================================================================================================================
 # 2. Policy
@@ -483,26 +508,38 @@ def temperature_loss(log_alpha: Tensor, run: Tensor, target: float) -> tuple[Ten
 
 
 class Replay:
-    """A ring of the last `capacity` transitions, as tensors on the device."""
+    """A ring of the last `capacity` transitions on the device: one row each, of which `data` holds views by name."""
 
     def __init__(self, env: TeamEnv, capacity: int, device: torch.device):
         obs, action = env.obs_mask.shape, env.action_mask.shape
-        shapes = dict(
+        self.shapes = dict(
             obs=obs, next_obs=obs, state=(env.state_size,), next_state=(env.state_size,), action=action, reward=(), terminated=()
         )
-        self.data = {name: torch.zeros(capacity, *shape, device=device) for name, shape in shapes.items()}
-        self.capacity, self.added, self.device = capacity, 0, device
+        self.rows = torch.zeros(capacity, sum(math.prod(shape) for shape in self.shapes.values()), device=device)
+        self.data = self.named(self.rows)
+        self.capacity, self.added = capacity, 0
 
-    def add(self, **rows: np.ndarray) -> None:
+    def named(self, rows: Tensor) -> dict[str, Tensor]:
+        """Views of rows [B, row] as the tensors [B, ...] of a batch."""
+        parts = rows.split([math.prod(shape) for shape in self.shapes.values()], dim=1)
+        return {name: part.view(len(rows), *shape) for (name, shape), part in zip(self.shapes.items(), parts)}
+
+    def add(self, **transitions: np.ndarray) -> None:
         """Appends E transitions, given as arrays [E, ...] under the names of `data`."""
-        place = torch.arange(self.added, self.added + len(rows["reward"]), device=self.device) % self.capacity
-        for name, values in rows.items():
-            self.data[name][place] = torch.as_tensor(values, dtype=torch.float32).to(self.device)
-        self.added += len(place)
+        count = len(transitions["reward"])
+        rows = np.concatenate([transitions[name].reshape(count, -1) for name in self.shapes], 1, dtype=np.float32)
+        start = self.added % self.capacity
+        first = min(count, self.capacity - start)  # the rest goes round to the beginning
+        self.rows[start : start + first].copy_(torch.from_numpy(rows[:first]))
+        self.rows[: count - first].copy_(torch.from_numpy(rows[first:]))
+        self.added += count
 
-    def sample(self, batch: int, generator: torch.Generator) -> dict[str, Tensor]:
-        index = torch.randint(min(self.added, self.capacity), (batch,), generator=generator, device=self.device)
-        return {name: values[index] for name, values in self.data.items()}
+    def draw(self, batch: int, generator: torch.Generator) -> Tensor:
+        """Indices [B] of uniformly drawn transitions. Apart from `sample`, because their range grows: no captured graph can."""
+        return torch.randint(min(self.added, self.capacity), (batch,), generator=generator, device=self.rows.device)
+
+    def sample(self, index: Tensor) -> dict[str, Tensor]:
+        return self.named(self.rows[index])
 
     def state_dict(self) -> dict:
         return {"added": self.added, "data": {name: values[: self.added].clone() for name, values in self.data.items()}}
@@ -513,7 +550,55 @@ class Replay:
             rows = state["data"][name]
             if len(rows) != min(self.added, self.capacity):
                 raise ValueError(f"replay: {len(rows)} rows of {name} for {self.added} transitions")
-            values[: len(rows)] = rows.to(self.device)
+            values[: len(rows)] = rows.to(values.device)
+
+
+class Captured:
+    """A function of tensors. On a GPU, once `enabled`, it is captured as a CUDA graph (one for each set of input shapes) and
+    replayed: one launch instead of hundreds. Otherwise it is just the function.
+
+    The function must not make the host wait, must draw no random numbers and must keep what it remembers in the tensors of
+    `state`, which it changes in place. What it returns is overwritten by the next call.
+    """
+
+    def __init__(self, function: Callable, state: Callable[[], list[Tensor]] = list):
+        self.function, self.state, self.enabled, self.graphs = function, state, False, {}
+
+    def __call__(self, *inputs: Tensor):
+        if not self.enabled:
+            return self.function(*inputs)
+        shapes = tuple(x.shape for x in inputs)
+        if shapes not in self.graphs:
+            self.graphs[shapes] = self._capture([x.clone() for x in inputs])
+        graph, places, result = self.graphs[shapes]
+        for place, x in zip(places, inputs):
+            place.copy_(x)
+        graph.replay()
+        return result
+
+    def _capture(self, places: list[Tensor]) -> tuple[torch.cuda.CUDAGraph, list[Tensor], object]:
+        with unchanged(self.state()):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(3):  # so that libraries and compilers have set themselves up
+                    self.function(*places)
+            torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = self.function(*places)
+        return graph, places, result
+
+
+@contextlib.contextmanager
+def unchanged(tensors: list[Tensor]):
+    """Gives the tensors their values back, in place, when the block is left."""
+    before = [x.clone() for x in tensors]
+    try:
+        yield
+    finally:
+        for x, value in zip(tensors, before):
+            x.copy_(value)
 
 
 class OMAD(nn.Module):
@@ -532,21 +617,44 @@ class OMAD(nn.Module):
             self.target.load_state_dict(self.critic.state_dict())
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha), device=device))
         self.entropy_target = args.target_entropy_scale * float(env.action_mask.sum())
-        adam = lambda params, lr, beta1: torch.optim.Adam(params, lr, betas=(beta1, 0.999), fused=True)
+        adam = lambda params, lr, beta1: torch.optim.Adam(
+            params, lr, betas=(beta1, 0.999), fused=True, capturable=device.type == "cuda"
+        )
         self.optimizers = {
             "policy": adam(self.policy.parameters(), args.policy_lr, args.adam_beta1),
             "critic": adam(self.critic.parameters(), args.q_lr, args.adam_beta1),
             "alpha": adam([self.log_alpha], args.alpha_lr, 0.9),
         }
 
+        for optimizer in self.optimizers.values():  # its state must exist before a graph is captured
+            for p in optimizer.param_groups[0]["params"]:
+                p.grad = torch.zeros_like(p)
+            optimizer.step()
+            optimizer.zero_grad()
+            for state in optimizer.state.values():
+                state["step"].zero_()
+        if args.compile:
+            self.policy.compile()
+            self.critic.compile()
+        self.chain = Captured(lambda obs, noise: self.policy(obs, noise)[0])
+
+    def tensors(self) -> list[Tensor]:
+        """Everything that an update changes."""
+        optimizers = [x for optimizer in self.optimizers.values() for state in optimizer.state.values() for x in state.values()]
+        return [*self.state_dict().values(), *optimizers]
+
     @torch.no_grad()
     def act(self, obs: np.ndarray, generator: torch.Generator) -> np.ndarray:
         """Decentralised execution, sampled: obs [E, N, O] -> action [E, N, A]."""
         obs = torch.from_numpy(obs).to(self.device)
-        return self.policy(obs, self.policy.noise(len(obs), generator))[0].cpu().numpy()
+        return self.chain(obs, self.policy.noise(len(obs), generator)).cpu().numpy()
 
-    def update_critic(self, batch: dict[str, Tensor], generator: torch.Generator) -> Logs:
-        noise = self.policy.noise(len(batch["reward"]), generator)
+    def update(self, batch: dict[str, Tensor], critic_noise: Tensor, policy_noise: Tensor | None = None) -> Logs:
+        """One update of the critics and, if there is noise for it, one of the policies and the temperature, on the same batch."""
+        logs = self.update_critic(batch, critic_noise)
+        return logs if policy_noise is None else logs | self.update_policies(batch, policy_noise)
+
+    def update_critic(self, batch: dict[str, Tensor], noise: Tensor) -> Logs:
         loss, logs = critic_loss(
             self.critic.train(), self.target, self.policy, self.log_alpha.detach().exp(), batch, noise, self.args
         )
@@ -559,8 +667,7 @@ class OMAD(nn.Module):
                     slow.lerp_(fast, self.args.tau) if slow.is_floating_point() else slow.copy_(fast)
         return logs
 
-    def update_policies(self, batch: dict[str, Tensor], generator: torch.Generator) -> Logs:
-        noise = self.policy.noise(len(batch["reward"]), generator)
+    def update_policies(self, batch: dict[str, Tensor], noise: Tensor) -> Logs:
         loss, logs, run = policy_loss(self.critic.eval(), self.policy, self.log_alpha.detach().exp(), batch, noise)
         self.optimizers["policy"].zero_grad()
         loss.backward(inputs=list(self.policy.parameters()))
@@ -574,10 +681,56 @@ class OMAD(nn.Module):
         return logs | alpha_logs
 
 
+class Learner:
+    """Updates from replay: draws what is random, and hands it to `OMAD.update`, on a GPU captured as a CUDA graph."""
+
+    CHECKED, TOLERANCE = 200, 1e-2  # updates that a graph must repeat, and how closely, before it is trusted
+
+    def __init__(self, agent: OMAD, replay: Replay, args: Args):
+        self.agent, self.replay, self.args, self.updates = agent, replay, args, 0
+        self.update = Captured(lambda index, *noise: agent.update(replay.sample(index), *noise), agent.tensors)
+        self.to_check = args.cuda_graph and agent.device.type == "cuda"
+
+    def step(self, generator: torch.Generator) -> Logs:
+        """One critic update, every `policy_frequency`-th with one of the policies and the temperature."""
+        if self.to_check:
+            self.to_check = False
+            print(f"{self.capture():<100}", flush=True)
+        self.updates += 1
+        chains = 2 if self.updates % self.args.policy_frequency == 0 else 1
+        index = self.replay.draw(self.args.batch_size, generator)
+        return self.update(index, *(self.agent.policy.noise(self.args.batch_size, generator) for _ in range(chains)))
+
+    def capture(self) -> str:
+        """Turns graphs on, for acting too, if captured updates have the losses of plain ones on the same draws. Says what it found.
+
+        They agree up to rounding only: the order of some sums on a GPU is not fixed. The agent is left as it was.
+        """
+
+        def losses(captured: bool) -> Tensor:
+            self.update.enabled, before = captured, self.updates
+            generator, trace = torch.Generator(self.agent.device).manual_seed(0), []
+            with unchanged(self.agent.tensors()):
+                for _ in range(self.CHECKED):
+                    trace += [value.clone() for name, value in self.step(generator).items() if name.startswith("losses/")]
+            self.updates = before
+            return torch.stack(trace)
+
+        try:
+            plain, captured = losses(False), losses(True)
+            error = ((captured - plain).abs() / plain.abs().clamp(min=1)).max().item()
+            agree, reason = error <= self.TOLERANCE, f"losses of {self.CHECKED} updates differ by at most {error:.1e} from eager ones"
+        except RuntimeError as failure:
+            agree, reason = False, _first_line(failure)
+        self.update.enabled = self.agent.chain.enabled = agree
+        return f"graphs    {'on' if agree else 'off'}: {reason}"
+
+
 def pick_device(name: str) -> torch.device:
-    """The one place that decides where tensors live; they are float32 everywhere."""
+    """The one place that decides where tensors live; they are float32 everywhere, a GPU multiplies them as TF32."""
     if name == "cuda" and not torch.cuda.is_available():
         raise BadInput("--device cuda: torch finds no CUDA device here; use --device cpu")
+    torch.set_float32_matmul_precision("high")  # TF32; on the CPU it changes nothing
     return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
 
 
@@ -607,15 +760,16 @@ def train(args: Args, saved: dict | None) -> None:
     """The whole of training, from the start or from the checkpoint `saved`."""
     device = pick_device(args.device)
     torch.manual_seed(args.seed)
-    envs, eval_envs = make_vec(args.env_id, args.num_envs), make_vec(args.env_id, args.eval_episodes)
+    envs, eval_envs = make_vec(args.env_id, args.num_envs, args.observation), make_vec(args.env_id, args.eval_episodes, args.observation)
     env = envs.envs[0].unwrapped
     try:
         agent, replay = OMAD(env, args, device), Replay(env, min(args.buffer_size, args.total_timesteps + args.num_envs), device)
+        learner = Learner(agent, replay, args)
         seconds = estimate_seconds(env, args, device)
     except (MemoryError, RuntimeError) as error:
         raise BadInput(f"networks, batches or replay of these sizes cannot be made: {_first_line(error)}") from error
     generator = torch.Generator(device).manual_seed(args.seed)
-    run = Run(args, agent, replay, generator, saved)
+    run = Run(args, learner, generator, saved)
     run.announce(env, seconds)
     if not run.rows:
         run.evaluate_and_save(eval_envs)
@@ -624,6 +778,12 @@ def train(args: Args, saved: dict | None) -> None:
     obs, info = restart()
     state = info["state"]
 
+    def learn() -> None:
+        if run.step > args.learning_starts:
+            for _ in range(round(args.updates_per_step * args.num_envs)):
+                run.log(learner.step(generator))
+
+    overlap = device.type == "cuda"  # a GPU learns while the environments step; there, updates miss the newest transition
     while run.step < args.total_timesteps:
         # Act.
         if run.step < args.learning_starts:
@@ -631,11 +791,15 @@ def train(args: Args, saved: dict | None) -> None:
         else:
             action = agent.act(obs, generator)
         run.check_finite("action", action)
+        if overlap:
+            learn()
         next_obs, reward, terminated, truncated, info = envs.step(action)
         run.check_finite("reward or observation", np.append(reward, next_obs))
         replay.add(
             obs=obs, next_obs=next_obs, state=state, next_state=info["state"], action=action, reward=reward, terminated=terminated
         )
+        if "torso_xy" in info:
+            run.record_path(info["torso_xy"])
         obs, state = next_obs, info["state"]
         done = terminated | truncated
         if done.any():
@@ -645,13 +809,8 @@ def train(args: Args, saved: dict | None) -> None:
         run.step += args.num_envs
 
         # Learn.
-        if run.step > args.learning_starts:
-            for _ in range(round(args.updates_per_step * args.num_envs)):
-                batch = replay.sample(args.batch_size, generator)
-                run.log(agent.update_critic(batch, generator))
-                run.updates += 1
-                if run.updates % args.policy_frequency == 0:
-                    run.log(agent.update_policies(batch, generator))
+        if not overlap:
+            learn()
 
         # Report.
         run.progress()
@@ -666,7 +825,7 @@ def train(args: Args, saved: dict | None) -> None:
 # 6. Main: run directory, checkpoints, command line
 # ============================================================================================================================
 
-FORMAT = "omad-1"  # of checkpoint.pt; raise it when a change makes older files unreadable
+FORMAT = "omad-2"  # of checkpoint.pt; raise it when a change makes older files unreadable
 COLUMNS = ("step", "wall_time_s", "return_mean", "return_std", "episodes")  # of eval.csv
 
 
@@ -681,10 +840,10 @@ class FailedRun(Exception):
 class Run:
     """One run: its counters, what it prints, and what it writes to its directory."""
 
-    def __init__(self, args: Args, agent: OMAD, replay: Replay, generator: torch.Generator, saved: dict | None):
-        self.args, self.agent, self.replay, self.generator = args, agent, replay, generator
+    def __init__(self, args: Args, learner: Learner, generator: torch.Generator, saved: dict | None):
+        self.args, self.agent, self.learner, self.generator = args, learner.agent, learner, generator
         self.path = Path(args.resume) if args.resume else make_run_dir(args)
-        self.step, self.updates, self.last_return, self.rows, self.seconds_before = 0, 0, math.nan, [], 0.0
+        self.step, self.last_return, self.rows, self.seconds_before = 0, math.nan, [], 0.0
         if saved:
             self.restore(saved)
         if args.resume:  # some flags may have changed
@@ -692,7 +851,11 @@ class Run:
                 write_config(self.path, args)
             except FailedRun as error:
                 raise BadInput(str(error)) from error
-        self.pending: list[tuple[int, str, Tensor]] = []  # scalars still on the device: (step, name, value)
+        self.torso_xy = None  # [steps, 2] metres, of robots that walk about
+        if (self.path / "torso_xy.npy").exists():
+            with _must_fit(self.path / "torso_xy.npy"):
+                self.record_path(np.load(self.path / "torso_xy.npy", allow_pickle=False)[: self.step], 0)
+        self.pending: list[tuple[int, tuple[str, ...], Tensor]] = []  # scalars still on the device: (step, names, values)
         self.writer = SummaryWriter(str(self.path), purge_step=self.step + 1 if saved else 0)
         self.started = self.reported = time.time()
         self.reported_step = self.step
@@ -701,7 +864,7 @@ class Run:
         args, agent = self.args, self.agent
         count = lambda module: f"{sum(p.numel() for p in module.parameters()):,} parameters"
         seconds *= 1 - self.step / args.total_timesteps
-        print(f"task      {args.env_id}: {TASKS[args.env_id].description}")
+        print(f"task      {args.env_id}: {find_task(args.env_id).description}")
         print(
             f"sizes     {env.num_agents} agents; observations {env.obs_sizes}, actions {env.action_sizes}, joint state {env.state_size}"
         )
@@ -717,19 +880,22 @@ class Run:
 
     def log(self, scalars: Logs) -> None:
         """Keeps scalars on the device until the next report, so that an update never waits for a copy."""
-        self.pending += [(self.step, name, value) for name, value in scalars.items()]
+        self.pending.append((self.step, tuple(scalars), torch.stack(tuple(scalars.values()))))
 
     def flush(self) -> None:
         """Copies the pending scalars to the host, writes their means to TensorBoard, stops the run if one is not finite."""
         if not self.pending:
             return
-        values = torch.stack([value for _, _, value in self.pending]).tolist()
-        by_name: dict[str, list[float]] = {}
-        for (_, name, _), value in zip(self.pending, values):
-            by_name.setdefault(name, []).append(value)
-        for name, series in by_name.items():
-            self.writer.add_scalar(name, np.mean(series), self.step)
-        bad = [(step, name, value) for (step, name, _), value in zip(self.pending, values) if not math.isfinite(value)]
+        values = iter(torch.cat([values for _, _, values in self.pending]).tolist())
+        series: dict[str, list[float]] = {}
+        bad = []
+        for step, names, _ in self.pending:
+            for name, value in zip(names, values):
+                series.setdefault(name, []).append(value)
+                if not math.isfinite(value):
+                    bad.append((step, name, value))
+        for name, numbers in series.items():
+            self.writer.add_scalar(name, np.mean(numbers), self.step)
         self.pending.clear()
         self.writer.flush()
         if bad:
@@ -754,6 +920,13 @@ class Run:
         self.last_return = float(returns.mean())
         self.writer.add_scalar("charts/episodic_return", self.last_return, self.step)
         self.writer.add_scalar("charts/episodic_length", lengths.mean(), self.step)
+
+    def record_path(self, xy: np.ndarray, step: int | None = None) -> None:
+        """Keeps where the robots of all environments are after this step, [E, 2]; NaN where a step was not recorded."""
+        if self.torso_xy is None:
+            self.torso_xy = np.full((self.args.total_timesteps + self.args.num_envs, 2), np.nan, np.float32)
+        start = self.step if step is None else step
+        self.torso_xy[start : start + len(xy)] = xy
 
     def progress(self) -> None:
         """The progress line: rewritten in place on a terminal, a new line every 30 s elsewhere."""
@@ -784,6 +957,8 @@ class Run:
         self.writer.add_scalar("eval/return_std", std, self.step)
         lines = [",".join(COLUMNS), *(",".join(map(str, row.values())) for row in self.rows)]
         write(self.path / "eval.csv", lambda file: file.write("".join(f"{line}\n" for line in lines).encode()))
+        if self.torso_xy is not None:
+            write(self.path / "torso_xy.npy", lambda file: np.save(file, self.torso_xy[: self.step]))
         write(self.path / "checkpoint.pt", lambda file: torch.save(self.checkpoint(), file))
         self.reported, self.reported_step = time.time(), self.step
 
@@ -800,8 +975,8 @@ class Run:
     def checkpoint(self) -> dict:
         """Everything a resumed run needs. Environments are not in it: they restart from a seed at every checkpoint."""
         return {
-            "format": FORMAT, "args": dataclasses.asdict(self.args), "step": self.step, "updates": self.updates,
-            "agent": self.agent.state_dict(), "replay": self.replay.state_dict(), "generator": self.generator.get_state(),
+            "format": FORMAT, "args": dataclasses.asdict(self.args), "step": self.step, "updates": self.learner.updates,
+            "agent": self.agent.state_dict(), "replay": self.learner.replay.state_dict(), "generator": self.generator.get_state(),
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.agent.optimizers.items()},
             "device": self.agent.device.type, "last_return": self.last_return, "rows": self.rows, "seconds": self.seconds,
         }  # fmt: skip
@@ -809,7 +984,7 @@ class Run:
     def restore(self, saved: dict) -> None:
         with _must_fit(self.path / "checkpoint.pt"):
             self.agent.load_state_dict(saved["agent"])
-            self.replay.load_state_dict(saved["replay"])
+            self.learner.replay.load_state_dict(saved["replay"])
             for name, optimizer in self.agent.optimizers.items():
                 settings = optimizer.state_dict()["param_groups"]  # learning rates and the like are the arguments'
                 optimizer.load_state_dict({"state": saved["optimizers"][name]["state"], "param_groups": settings})
@@ -817,7 +992,7 @@ class Run:
                     shapes = {key: tuple(value.shape) for key, value in state.items()}
                     if shapes != {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}:
                         raise ValueError(f"optimizer state of the {name} has shapes {shapes}")
-            self.step, self.updates = int(saved["step"]), int(saved["updates"])
+            self.step, self.learner.updates = int(saved["step"]), int(saved["updates"])
             self.last_return, self.seconds_before = float(saved["last_return"]), float(saved["seconds"])
             self.rows = [{key: row[key] + 0 for key in COLUMNS} for row in saved["rows"]]
             if saved["device"] == self.agent.device.type:
@@ -861,7 +1036,7 @@ def write(path: Path, dump: Callable[[BinaryIO], object]) -> None:
 
 
 def write_config(path: Path, args: Args) -> None:
-    packages = ("torch", "numpy", "gymnasium", "pettingzoo", "mpe2", "tyro", "tensorboard")
+    packages = ("torch", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "pettingzoo", "mpe2", "tyro", "tensorboard")
     revision = "unknown"
     with contextlib.suppress(OSError, subprocess.SubprocessError):  # no git, or no repository
         command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
@@ -933,7 +1108,7 @@ def record_video(agent: OMAD, args: Args, folder: Path, episodes: int = 4) -> No
     """Videos of the policy through gymnasium's own wrapper; needs no screen."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # older videos in the folder are replaced
-        env = gym.wrappers.RecordVideo(make_env(args.env_id, "rgb_array"), str(folder), episode_trigger=lambda _: True)
+        env = gym.wrappers.RecordVideo(make_env(args.env_id, args.observation, "rgb_array"), str(folder), episode_trigger=lambda _: True)
     generator = torch.Generator(agent.device).manual_seed(args.seed)
     for episode in range(episodes):
         obs, _ = env.reset(seed=evaluation_seed(args.seed) + episode)
@@ -950,7 +1125,9 @@ def estimate_seconds(env: TeamEnv, args: Args, device: torch.device) -> float:
     with torch.random.fork_rng(devices=[]):  # networks are initialised on the CPU
         agent, replay, generator = OMAD(env, args, device), Replay(env, 1, device), torch.Generator(device).manual_seed(0)
     replay.added = 1  # one empty transition
-    batch = replay.sample(args.batch_size, generator)
+    update = Learner(agent, replay, args).update
+    update.enabled = agent.chain.enabled = args.cuda_graph and device.type == "cuda"
+    index, noise = replay.draw(args.batch_size, generator), agent.policy.noise(args.batch_size, generator)
     obs = np.zeros((args.num_envs, *env.obs_mask.shape), np.float32)
     env.reset(seed=0)
 
@@ -962,12 +1139,12 @@ def estimate_seconds(env: TeamEnv, args: Args, device: torch.device) -> float:
         agent.log_alpha.item()  # wait for the device
         return (time.perf_counter() - start) / repeats
 
-    critic, policy = (seconds(lambda: update(batch, generator), 8) for update in (agent.update_critic, agent.update_policies))
+    critic, both = seconds(lambda: update(index, noise), 8), seconds(lambda: update(index, noise, noise), 8)
     act = seconds(lambda: agent.act(obs, generator), 8) / args.num_envs
-    step = seconds(lambda: env.step(np.zeros(env.action_space.shape)), min(TASKS[args.env_id].horizon - 1, 20) or 1)
-    evaluation = args.eval_episodes * TASKS[args.env_id].horizon / args.eval_every  # its steps per training step
+    step = seconds(lambda: env.step(np.zeros(env.action_space.shape)), min(find_task(args.env_id).horizon - 1, 20) or 1)
+    evaluation = args.eval_episodes * find_task(args.env_id).horizon / args.eval_every  # its steps per training step
     return args.total_timesteps * (
-        act + step * (1 + evaluation) + args.updates_per_step * (critic + policy / args.policy_frequency)
+        act + step * (1 + evaluation) + args.updates_per_step * (critic + (both - critic) / args.policy_frequency)
     )
 
 
@@ -995,7 +1172,11 @@ def validate(args: Args) -> None:
         value = getattr(args, field.name)
         if type(value) is not type(field.default) or get_origin(field.type) is Literal and value not in get_args(field.type):
             raise BadInput(f"{_flag(field.name)} cannot be {value!r}")
-    check_task(args.env_id)
+    find_task(args.env_id)
+    try:
+        check_observation(args.env_id, args.observation)
+    except ValueError as error:
+        raise BadInput(f"--observation {error}") from error
     if not args.run_dir:
         raise BadInput("--run-dir needs a value")
     if args.capture_video and not importlib.util.find_spec("moviepy"):
@@ -1013,7 +1194,7 @@ def validate(args: Args) -> None:
             raise BadInput(f"{_flag(low)} {getattr(args, low)} must be below {_flag(high)} {getattr(args, high)}")
     if args.buffer_size < args.num_envs:
         raise BadInput(f"--buffer-size {args.buffer_size} must be at least --num-envs {args.num_envs}")
-    whole = args.num_envs * TASKS[args.env_id].horizon
+    whole = args.num_envs * find_task(args.env_id).horizon
     if args.eval_every < whole:
         raise BadInput(
             f"--eval-every {args.eval_every} must be at least {whole}, one episode in each environment: they restart at evaluations"
@@ -1038,8 +1219,8 @@ def parse(argv: list[str]) -> tuple[Args, dict | None]:
         if first["--evaluate"]:  # a video is wanted only if this command asks for one; a resumed run still wants its own
             default = dataclasses.replace(default, capture_video=False)
     else:
-        check_task(first["--env-id"])
-        default = Args(env_id=first["--env-id"], **PRESETS[first["--env-id"]])
+        find_task(first["--env-id"])
+        default = preset(first["--env-id"])
 
     out, err = io.StringIO(), io.StringIO()
     try:
@@ -1061,7 +1242,7 @@ def parse(argv: list[str]) -> tuple[Args, dict | None]:
             raise BadInput(f"{old}: no checkpoint.pt there yet; python omad.py --resume {old} goes on with the run")
         if saved and not args.evaluate and args.total_timesteps < min(saved["step"], default.total_timesteps):
             raise BadInput(f"--total-timesteps {args.total_timesteps}: the run in {old} is at step {saved['step']} already")
-        free = {"resume", "evaluate", "device", "torch_threads", "capture_video"}
+        free = {"resume", "evaluate", "device", "torch_threads", "cuda_graph", "compile", "capture_video"}
         free |= {"seed", "eval_episodes"} if args.evaluate else {"total_timesteps"}
         for name, value in dataclasses.asdict(default).items():
             if getattr(args, name) != value and name not in free:
@@ -1073,7 +1254,7 @@ def parse(argv: list[str]) -> tuple[Args, dict | None]:
 def evaluate_run(args: Args, saved: dict) -> None:
     """--evaluate: the return of a saved run. With the run's own seed and episodes it repeats the last row of its eval.csv."""
     device = pick_device(args.device)
-    envs = make_vec(args.env_id, args.eval_episodes)
+    envs = make_vec(args.env_id, args.eval_episodes, args.observation)
     with _must_fit(Path(args.evaluate) / "checkpoint.pt"):
         agent = OMAD(envs.envs[0].unwrapped, args, device)
         agent.load_state_dict(saved["agent"])

@@ -1,8 +1,11 @@
 """Multi-agent tasks as ordinary gymnasium environments.
 
 `TeamEnv` turns a PettingZoo parallel environment into a `gymnasium.Env` with one observation array, one action array and one
-reward, so that gymnasium's own vector environments, episode statistics and video wrappers work on it unchanged. `TASKS` lists
-what `make_env` opens.
+reward, so that gymnasium's own vector environments, episode statistics and video wrappers work on it unchanged. `find_task`
+says what `make_env` opens:
+
+    mpe_<scenario>                        the cooperative scenarios of mpe2, and simple_adversary against a scripted adversary
+    mamujoco_<scenario>_<partition>       any partition of any robot that gymnasium-robotics' MaMuJoCo knows
 
 Definitions, used everywhere in this project:
     team reward = mean over the team's agents of the environment's own reward
@@ -13,29 +16,52 @@ Shape letters: N agents, O observation size (of the largest agent), A action siz
 
 import difflib
 import os
-from dataclasses import dataclass
-from typing import Any, Callable
+import re
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")  # the banner would come before our own first line
+os.environ.setdefault("MUJOCO_GL", "egl")  # videos without a screen; mujoco reads it when it is imported
 
+import farama_notifications
 import gymnasium as gym
+import mujoco
 import numpy as np
-from mpe2 import simple_reference_v3, simple_speaker_listener_v4, simple_spread_v3
+
+farama_notifications.notifications.pop("gymnasium_robotics", None)  # printed at every import, about robots that are not ours
+from gymnasium_robotics import mamujoco_v1
+from gymnasium_robotics.envs.multiagent_mujoco.obsk import get_parts_and_edges
+from mpe2 import (
+    collect_treasure_v1, simple_adversary_v3, simple_formation_v1, simple_line_v1, simple_reference_v3,
+    simple_speaker_listener_v4, simple_spread_v3, simple_v3,
+)  # fmt: skip
 from pettingzoo import ParallelEnv
 from pettingzoo.utils.conversions import aec_to_parallel
 
+# Without this, mujoco prints that a robot's file uses a deprecated attribute, once per copy, and keeps a log file of it.
+mujoco.set_mju_user_warning(lambda message: None if "deprecated" in message else print(f"mujoco: {message}", file=sys.stderr))
+
 
 class UnknownTask(ValueError):
-    """The task is not in `TASKS`; the message names the near misses."""
+    """There is no such task, or it cannot run; the message says which, and names the near misses."""
+
+
+Opponent = Callable[[np.ndarray], np.ndarray]  # own observation -> action in [-1, 1], like a team member's
 
 
 @dataclass(frozen=True)
 class Task:
     """How one task is made, and what stands for it in listings."""
 
-    make: Callable[..., ParallelEnv]  # called as make(render_mode=...)
+    make: Callable[..., ParallelEnv]  # make(render_mode=..., joints=...), joints only for MaMuJoCo
     description: str
     horizon: int = 25  # steps of the longest episode
+    opponents: Mapping[str, Opponent] = field(default_factory=dict)  # agents outside the team, and the script each follows
+
+
+# --- MPE ---
 
 
 def _mpe(module, **kwargs) -> Callable[..., ParallelEnv]:
@@ -45,38 +71,139 @@ def _mpe(module, **kwargs) -> Callable[..., ParallelEnv]:
     )
 
 
+def scripted_adversary(obs: np.ndarray) -> np.ndarray:
+    """The opponent of simple_adversary, which is not told which of the landmarks is the goal.
+
+    It walks, with a force of 5 times the distance (full force beyond 0.2), to the landmark that a good agent is closest to: who
+    goes to the goal alone shows it the way, and the team does best with one agent on each landmark. Deterministic.
+
+    obs: relative positions of two landmarks and two good agents [8] -> force [2] in [-1, 1].
+    """
+    landmarks, team = obs.reshape(2, 2, 2)  # [landmark, xy], [agent, xy]
+    nearest = ((landmarks[:, None] - team) ** 2).sum(-1).min(1)  # [landmark] squared distance to the closest agent
+    return np.clip(5.0 * landmarks[nearest.argmin()], -1.0, 1.0)
+
+
 TASKS: dict[str, Task] = {
     "mpe_simple_spread": Task(_mpe(simple_spread_v3, N=3, local_ratio=0.5), "three agents cover three landmarks without colliding"),
     "mpe_simple_spread_n4": Task(
         _mpe(simple_spread_v3, N=4, local_ratio=0.5), "four agents cover four landmarks without colliding"
     ),
+    "mpe_simple_adversary": Task(
+        _mpe(simple_adversary_v3, N=2),
+        "two agents reach the goal and keep a scripted adversary guessing which landmark it is",
+        opponents={"adversary_0": scripted_adversary},
+    ),
+    "mpe_simple": Task(_mpe(simple_v3), "one agent goes to a landmark"),
     "mpe_simple_reference": Task(_mpe(simple_reference_v3, local_ratio=0.5), "two agents tell each other where to go"),
     "mpe_simple_speaker_listener": Task(
         _mpe(simple_speaker_listener_v4), "one agent sees the goal, the other can move: unequal agents"
     ),
+    "mpe_simple_formation": Task(_mpe(simple_formation_v1, N=4), "four agents form a circle around a landmark"),
+    "mpe_simple_line": Task(_mpe(simple_line_v1, N=4), "four agents line up between two landmarks"),
+    "mpe_collect_treasure": Task(_mpe(collect_treasure_v1), "six collectors bring treasures to two movable deposits"),
+}
+COMPETITIVE = ("mpe_simple_crypto", "mpe_simple_push", "mpe_simple_tag", "mpe_simple_world_comm")
+
+# --- Multi-Agent MuJoCo ---
+
+ROBOTS = {  # in task names -> in gymnasium-robotics, and the partitions that listings show
+    "ant": ("Ant", ("2x4", "2x4d", "4x2")),
+    "halfcheetah": ("HalfCheetah", ("2x3", "6x1")),
+    "walker2d": ("Walker2d", ("2x3",)),
+    "swimmer": ("Swimmer", ("2x1",)),
+    "hopper": ("Hopper", ("3x1",)),
+    "humanoid": ("Humanoid", ("9|8",)),
+    "humanoidstandup": ("HumanoidStandup", ("9|8",)),
+    "reacher": ("Reacher", ("2x1",)),
+    "pusher": ("Pusher", ("3p",)),
+    "manysegmentswimmer": ("ManySegmentSwimmer", ("10x2",)),  # any AxB: A agents with B segments each
+    "manysegmentant": ("ManySegmentAnt", ("2x3",)),  # likewise
 }
 
 
-def check_task(env_id: str) -> None:
-    """Raises `UnknownTask`, with the closest names, unless `env_id` is one of `TASKS`."""
-    if env_id not in TASKS:
-        near = difflib.get_close_matches(env_id, TASKS, n=3, cutoff=0.5) or sorted(TASKS)
-        raise UnknownTask(f"unknown task '{env_id}'; did you mean {' or '.join(near)}?")
+def _mamujoco(robot: str, partition: str) -> Task:
+    """A robot whose actuators are shared out among agents. Raises `UnknownTask` for a partition it does not have."""
+    scenario, listed = ROBOTS[robot]
+    name = f"mamujoco_{robot}_{partition}"
+    if scenario.startswith("ManySegment"):
+        known = re.fullmatch(r"[1-9]\d?x[1-9]\d?", partition)
+        kind = "Swimmer" if scenario.endswith("Swimmer") else "Ant"
+    else:
+        kind, known = scenario, partition in listed
+    if not known:
+        raise UnknownTask(
+            f"unknown task '{name}'; {scenario} has the partition{'s'[: len(listed) > 1]} {' and '.join(listed)}"
+            + (", or any other number of agents x segments each" if scenario != kind else "")
+        )
+
+    def make(render_mode=None, joints=None):
+        """joints: how far each agent sees. None: agents see nothing, for callers that hand them the state (a third faster)."""
+        nothing = dict(local_categories=[[]], global_categories=()) if joints is None else {}
+        return mamujoco_v1.parallel_env(scenario, partition, agent_obsk=joints or 0, render_mode=render_mode, **nothing)
+
+    parts = [len(part) for part in get_parts_and_edges(scenario, partition)[0]]
+    sizes = f"{len(parts)} agents with {' and '.join(map(str, sorted(set(parts))))} actuators each"
+    return Task(make, f"{scenario}-v5, {sizes}", gym.spec(f"{kind}-v5").max_episode_steps)
 
 
-def make_env(env_id: str, render_mode: str | None = None) -> "TeamEnv":
-    """Opens one task. Raises `UnknownTask` for a name that is not in `TASKS`."""
-    check_task(env_id)
-    return TeamEnv(TASKS[env_id].make(render_mode=render_mode))
+def list_tasks() -> list[str]:
+    """Every task by name; those of MaMuJoCo's many-segment robots are examples of any number of segments."""
+    return [*TASKS, *(f"mamujoco_{robot}_{partition}" for robot, (_, listed) in ROBOTS.items() for partition in listed)]
 
 
-def make_vec(env_id: str, num_envs: int) -> gym.vector.SyncVectorEnv:
-    """`num_envs` copies in gymnasium's `SyncVectorEnv`, each with episode statistics in `info["episode"]`.
+def find_task(env_id: str) -> Task:
+    """The task of that name. Raises `UnknownTask` with the reason or the closest names."""
+    if env_id in TASKS:
+        return TASKS[env_id]
+    suite, _, rest = env_id.partition("_")
+    robot, _, partition = rest.partition("_")
+    if suite == "mamujoco" and robot == "coupledhalfcheetah":
+        raise UnknownTask(f"'{env_id}' cannot run: gymnasium-robotics' CoupledHalfCheetah does not load in the installed mujoco")
+    if suite == "mamujoco" and robot in ROBOTS:
+        return _mamujoco(robot, partition)
+    if env_id in COMPETITIVE:
+        raise UnknownTask(f"'{env_id}' has two teams and mpe2 ships no opponent for either; --list-tasks shows what there is")
+    near = difflib.get_close_matches(env_id, list_tasks(), n=3, cutoff=0.5) or ["mpe_simple_spread", "mamujoco_ant_2x4"]
+    raise UnknownTask(f"unknown task '{env_id}'; did you mean {' or '.join(near)}? --list-tasks shows all")
+
+
+# --- environments ---
+
+
+def make_env(env_id: str, observation: str = "", render_mode: str | None = None) -> "TeamEnv":
+    """Opens one task.
+
+    Args:
+        env_id: a name that `find_task` knows; else it raises `UnknownTask`.
+        observation: what each agent sees. "own": what the environment gives it, the only setting of MPE. MaMuJoCo: "full" is the
+            whole state and a one-hot agent id (HARL's setting), "k0", "k1", ... its own joints and those at most k joints away.
+            "" stands for "own" in MPE and for "full" in MaMuJoCo. Raises `ValueError` for what the task does not have.
+        render_mode: None or "rgb_array".
+    """
+    task = find_task(env_id)
+    check_observation(env_id, observation)
+    if env_id.startswith("mamujoco_"):
+        joints = int(observation[1:]) if observation.startswith("k") else None
+        return TeamEnv(task.make(render_mode=render_mode, joints=joints), own_state=True, observe_state=joints is None)
+    return TeamEnv(task.make(render_mode=render_mode), task.opponents)
+
+
+def check_observation(env_id: str, observation: str) -> None:
+    """Raises `ValueError` unless the task offers this observation setting."""
+    offered = r"full|k\d" if env_id.startswith("mamujoco_") else "own"
+    if observation and not re.fullmatch(offered, observation):
+        offer = "'full', 'k0', 'k1' ... 'k9'" if env_id.startswith("mamujoco_") else "'own' only"
+        raise ValueError(f"'{observation}': {env_id} offers {offer}")
+
+
+def make_vec(env_id: str, num_envs: int, observation: str = "") -> gym.vector.VectorEnv:
+    """`num_envs` copies in one of gymnasium's vector environments, each with episode statistics in `info["episode"]`.
 
     Autoreset is off: `step` returns the true final observation and state at the end of an episode, and the caller restarts
     the finished copies with `reset(options={"reset_mask": done})`. Nothing is hidden, no step is spent on a reset.
     """
-    env_fn = lambda: gym.wrappers.RecordEpisodeStatistics(make_env(env_id))
+    env_fn = lambda: gym.wrappers.RecordEpisodeStatistics(make_env(env_id, observation))
     return gym.vector.SyncVectorEnv([env_fn] * num_envs, autoreset_mode=gym.vector.AutoresetMode.DISABLED)
 
 
@@ -86,25 +213,39 @@ class TeamEnv(gym.Env):
     observation  [N, O] float32; agent i's own numbers first, then zeros (`obs_mask` marks the real ones)
     action       [N, A] in [-1, 1]; entries outside `action_mask` are ignored, values beyond the box are clipped
     reward       the team reward (module docstring)
-    info         "state" [S]: the joint state, here every agent's observation one after the other, without padding;
-                 "agent_rewards" [N]: what the environment gave each agent (zeros on reset)
+    info         "state" [S]: the joint state, without padding;
+                 "agent_rewards" [N]: what the environment gave each agent (zeros on reset);
+                 "torso_xy" [2]: where the robot is, in metres, after a step (only robots that move in a plane)
+
+    Args:
+        env: the environment.
+        opponents: the agents that are not of the team, and the script each follows. They earn nothing that is counted here.
+        own_state: the joint state is the environment's `state()`; otherwise it is every team member's observation, one after
+            the other.
+        observe_state: every agent observes the joint state, followed by its own one-hot id.
 
     Attributes: `num_agents` N, `obs_sizes` and `action_sizes` per agent, `obs_mask` [N, O], `action_mask` [N, A], `state_size` S.
     The final observation and state of an episode are returned by `step` like any other.
     """
 
-    def __init__(self, env: ParallelEnv):
-        self.env = env
-        self.agents = list(env.possible_agents)
+    def __init__(
+        self, env: ParallelEnv, opponents: Mapping[str, Opponent] = {}, own_state: bool = False, observe_state: bool = False
+    ):
+        self.env, self.opponents, self.own_state, self.observe_state = env, opponents, own_state, observe_state
+        self.agents = [agent for agent in env.possible_agents if agent not in opponents]
         self.num_agents = len(self.agents)
-        self.render_mode = env.render_mode
-        self.metadata = {"render_modes": ["rgb_array"], "render_fps": env.metadata.get("render_fps", 10)}
-        self._converters = [_action_converter(env, agent) for agent in self.agents]
+        inner = getattr(env, "single_agent_env", env)  # of MaMuJoCo
+        self.render_mode = inner.render_mode
+        self.metadata = {"render_modes": ["rgb_array"], "render_fps": inner.metadata.get("render_fps", 10)}
+        self._converters = {agent: _action_converter(env, agent) for agent in env.possible_agents}
+        self._opponent_obs: dict[str, np.ndarray] = {}
         self.obs_sizes = [env.observation_space(agent).shape[0] for agent in self.agents]
-        self.action_sizes = [size for size, _ in self._converters]
+        self.state_size = inner.observation_space.shape[0] if own_state else sum(self.obs_sizes)
+        if observe_state:
+            self.obs_sizes = [self.state_size + self.num_agents] * self.num_agents
+        self.action_sizes = [self._converters[agent][0] for agent in self.agents]
         self.obs_mask = np.arange(max(self.obs_sizes)) < np.array(self.obs_sizes)[:, None]  # [N, O]
         self.action_mask = np.arange(max(self.action_sizes)) < np.array(self.action_sizes)[:, None]  # [N, A]
-        self.state_size = sum(self.obs_sizes)
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, self.obs_mask.shape, np.float32)
         self.action_space = gym.spaces.Box(-1.0, 1.0, self.action_mask.shape, np.float32)
 
@@ -115,17 +256,27 @@ class TeamEnv(gym.Env):
 
     def step(self, action: np.ndarray):
         action = np.clip(action, -1.0, 1.0).astype(np.float32)
-        moves = {agent: convert(own) for agent, (_, convert), own in zip(self.agents, self._converters, action)}
-        observations, rewards, terminations, truncations, _ = self.env.step(moves)
-        terminated = all(terminations.values())
+        own = dict(zip(self.agents, action)) | {name: script(self._opponent_obs[name]) for name, script in self.opponents.items()}
+        moves = {agent: self._converters[agent][1](numbers) for agent, numbers in own.items()}
+        observations, rewards, terminations, truncations, infos = self.env.step(moves)
+        terminated = all(terminations[agent] for agent in self.agents)
         truncated = not terminated and all(terminations[agent] or truncations[agent] for agent in self.agents)
         obs, info = self._gather(observations, np.array([rewards[agent] for agent in self.agents], np.float32))
+        about = infos.get(self.agents[0], {})
+        if "x_position" in about and "y_position" in about:
+            info["torso_xy"] = np.array([about["x_position"], about["y_position"]], np.float32)
         return obs, float(info["agent_rewards"].mean()), terminated, truncated, info
 
     def _gather(self, observations: dict[str, np.ndarray], agent_rewards: np.ndarray):
-        state = np.concatenate([observations[agent] for agent in self.agents], dtype=np.float32)  # [S]
+        self._opponent_obs = {name: observations[name] for name in self.opponents}
+        if not self.observe_state:
+            every = np.concatenate([observations[agent] for agent in self.agents], dtype=np.float32)
+        state = self.env.state().astype(np.float32) if self.own_state else every  # [S]
         obs = np.zeros(self.obs_mask.shape, np.float32)  # [N, O]
-        obs[self.obs_mask] = state  # row by row: agent after agent, padding stays zero
+        if self.observe_state:
+            obs[:, : self.state_size], obs[:, self.state_size :] = state, np.eye(self.num_agents)
+        else:
+            obs[self.obs_mask] = every  # row by row: agent after agent, padding stays zero
         return obs, {"state": state, "agent_rewards": agent_rewards}
 
     def render(self):
@@ -142,16 +293,18 @@ def _action_converter(env: ParallelEnv, agent: str) -> tuple[int, Callable[[np.n
     two: the exact two-number form puts each sign in its own slot. Communication numbers follow, from [-1, 1] onto [0, 1].
     """
     space = env.action_space(agent)
-    size, low, width = space.shape[0], space.low, space.high - space.low
+    size, low, high = space.shape[0], space.low, space.high
 
     def stretch(action: np.ndarray) -> np.ndarray:
-        return low + (action[:size] + 1) / 2 * width
+        return low + (action[:size] + 1) / 2 * (high - low)
 
     def force(action: np.ndarray) -> np.ndarray:
         fx, fy, *message = action[: size - 3].tolist()
         own = [0.0, max(-fx, 0.0), max(fx, 0.0), max(-fy, 0.0), max(fy, 0.0), *((m + 1) / 2 for m in message)]
         return np.array(own, np.float32)
 
+    if (low == -1).all() and (high == 1).all():
+        return size, lambda action: action[:size]
     bodies = getattr(getattr(env.unwrapped, "world", None), "agents", None)  # MPE only
     movable = bodies is not None and bodies[env.possible_agents.index(agent)].movable
     return (size - 3, force) if movable else (size, stretch)

@@ -380,7 +380,7 @@ def test_renormalisation_corrections_carry_no_gradient():
 def test_target_network_is_a_slow_average():
     env, agent = env_and_agent(target_networks=True, tau=0.25)
     before = agent.target.layer1.weight.clone()
-    agent.update_critic(random_batch(env), generator())
+    agent.update_critic(random_batch(env), agent.policy.noise(16, generator()))
     np.testing.assert_allclose(agent.target.layer1.weight, 0.75 * before + 0.25 * agent.critic.layer1.weight.detach(), atol=1e-6)
 
 
@@ -413,10 +413,10 @@ def test_optimisers_and_logs():
     env, agent = env_and_agent(policy_lr=1e-3, q_lr=2e-3, alpha_lr=3e-3, adam_beta1=0.6)
     settings = {name: (o.param_groups[0]["lr"], o.param_groups[0]["betas"][0]) for name, o in agent.optimizers.items()}
     assert settings == {"policy": (1e-3, 0.6), "critic": (2e-3, 0.6), "alpha": (3e-3, 0.9)}
-    logs = agent.update_critic(random_batch(env), generator()) | agent.update_policies(random_batch(env), generator())
+    logs = agent.update_critic(random_batch(env), agent.policy.noise(16, generator())) | agent.update_policies(random_batch(env), agent.policy.noise(16, generator()))
     assert not any(value.requires_grad for value in logs.values())  # or every update's graph would stay in memory
     env, agent = env_and_agent(alpha=1e6)
-    agent.update_policies(random_batch(env), generator())
+    agent.update_policies(random_batch(env), agent.policy.noise(16, generator()))
     assert max(p.grad.abs().max() for p in agent.policy.parameters()) == 1.0  # clipped, element by element
 
 
@@ -425,7 +425,7 @@ def test_alpha_moves_the_right_way(scale, direction):
     """A path cost below its target means more noise than asked for: alpha falls. Above: it rises."""
     env, agent = env_and_agent(target_entropy_scale=scale)
     before = agent.log_alpha.item()
-    agent.update_policies(random_batch(env), generator())
+    agent.update_policies(random_batch(env), agent.policy.noise(16, generator()))
     assert (agent.log_alpha.item() - before) * direction > 0
 
 
@@ -440,7 +440,7 @@ def test_the_temperature_target_counts_real_dimensions_and_the_run_only():
 
 def test_fixed_temperature_stays():
     env, agent = env_and_agent(autotune=False, alpha=0.2)
-    agent.update_policies(random_batch(env), generator())
+    agent.update_policies(random_batch(env), agent.policy.noise(16, generator()))
     assert agent.log_alpha.exp().item() == pytest.approx(0.2)
 
 
@@ -450,12 +450,12 @@ def test_an_update_changes_what_it_should(policy):
     copy = lambda module: {name: value.clone() for name, value in module.named_parameters()}
     batch = random_batch(env)
     policy_before, critic_before = copy(agent.policy), copy(agent.critic)
-    agent.update_critic(batch, generator())
+    agent.update_critic(batch, agent.policy.noise(16, generator()))
     assert all(torch.equal(value, policy_before[name]) for name, value in agent.policy.named_parameters())
     assert all(not torch.equal(value, critic_before[name]) for name, value in agent.critic.named_parameters())
     critic_before = copy(agent.critic)
     buffers = {name: value.clone() for name, value in agent.critic.named_buffers()}
-    agent.update_policies(batch, generator())
+    agent.update_policies(batch, agent.policy.noise(16, generator()))
     assert all(torch.equal(value, critic_before[name]) for name, value in agent.critic.named_parameters())
     assert all(torch.equal(value, buffers[name]) for name, value in agent.critic.named_buffers())  # statistics too
     for name, value in agent.policy.named_parameters():  # every agent moves in the one step
@@ -476,5 +476,5 @@ def test_replay_is_a_ring():
         rows = {name: np.zeros((4, *values.shape[1:]), np.float32) for name, values in replay.data.items()}
         replay.add(**rows | {"reward": np.arange(start, start + 4)})
     assert sorted(replay.data["reward"].tolist()) == list(range(14, 24))
-    counts = np.bincount(replay.sample(20_000, generator())["reward"].int(), minlength=24)
+    counts = np.bincount(replay.sample(replay.draw(20_000, generator()))["reward"].int(), minlength=24)
     assert counts[:14].sum() == 0 and counts[14:].min() > 1800
