@@ -26,6 +26,7 @@ import difflib
 import importlib.metadata
 import importlib.util
 import io
+import itertools
 import json
 import math
 import os
@@ -91,6 +92,8 @@ class Args:
     """go on with the run in this directory; its hyper-parameters stay, its length, device and threads may change"""
     evaluate: RunDir = ""
     """only evaluate the run in this directory"""
+    list_tasks: bool = False
+    """print the tasks and their sizes, and stop"""
     capture_video: bool = False
     """write a video of the final policy (at the end of training, or with --evaluate) to RUN_DIR/videos"""
 
@@ -174,31 +177,37 @@ MPE = dict(
     updates_per_step=0.25, policy_lr=1e-3, q_lr=1e-3, policy_hidden=64, critic_hidden=128, v_min=-30.0, v_max=10.0,
     bn_warmup=5_000, alpha=0.005,
 )  # fmt: skip
-# Multi-Agent MuJoCo has the sizes of the paper and of DIME. The support is symmetric: one whose middle is far from zero starts
-# as a far too high or too low value everywhere, and has to unlearn it.
+# Multi-Agent MuJoCo has the sizes of the paper and of DIME, which want a GPU. The support is symmetric: one whose middle is far
+# from zero starts with a far too high or too low value everywhere, and has to unlearn it first.
 MAMUJOCO = dict(observation="full", v_min=-1000.0, v_max=1000.0)
-PRESETS: dict[str, dict] = {
-    "mpe_simple_spread": MPE,
+PRESETS: dict[str, dict] = {  # by task or, for all partitions of a robot, by robot; others have their suite's
+    "mpe": MPE,
     "mpe_simple_spread_n4": MPE | dict(v_min=-60.0),
     "mpe_simple_reference": MPE | dict(v_min=-60.0),
     "mpe_simple_speaker_listener": MPE | dict(v_min=-90.0),
     "mpe_simple_adversary": MPE | dict(v_min=-30.0, v_max=30.0),
     "mpe_collect_treasure": MPE | dict(v_min=-60.0, v_max=60.0),
+    "mamujoco": MAMUJOCO,
     "mamujoco_halfcheetah": MAMUJOCO | dict(v_min=-2000.0, v_max=2000.0),
     "mamujoco_swimmer": MAMUJOCO | dict(v_min=-50.0, v_max=50.0),
     "mamujoco_manysegmentswimmer": MAMUJOCO | dict(v_min=-100.0, v_max=100.0),
-    "mamujoco_reacher": MAMUJOCO | dict(v_min=-50.0, v_max=50.0),
-    "mamujoco_pusher": MAMUJOCO | dict(v_min=-200.0, v_max=200.0),
     "mamujoco_humanoid": MAMUJOCO | dict(v_min=-1500.0, v_max=1500.0),
     "mamujoco_humanoidstandup": MAMUJOCO | dict(v_min=-30000.0, v_max=30000.0),
+    "mamujoco_reacher": MAMUJOCO | dict(v_min=-50.0, v_max=50.0, eval_every=10_000, total_timesteps=300_000),
+    "mamujoco_pusher": MAMUJOCO | dict(v_min=-200.0, v_max=200.0, eval_every=10_000, total_timesteps=300_000),
 }
+# What makes a MuJoCo task small enough for a CPU; measured in README.md.
+SMALL = (
+    "--policy-hidden 128 --critic-hidden 256 --updates-per-step 1 --policy-lr 1e-3 --q-lr 1e-3 --alpha 0.1 --v-min -1000 --v-max 1000 "
+    "--eval-every 5000 --total-timesteps 100000"
+)
 
 
 def preset(env_id: str) -> Args:
-    """The defaults of a task: its own row of `PRESETS`, or its robot's, or its suite's."""
-    robot = env_id.rpartition("_")[0]
-    suite = MAMUJOCO if env_id.startswith("mamujoco_") else MPE
-    return Args(env_id=env_id, **PRESETS.get(env_id, PRESETS.get(robot, suite) if suite is MAMUJOCO else suite))
+    """The defaults of a task."""
+    names = (env_id, env_id.rpartition("_")[0], env_id.partition("_")[0])  # the task, its robot, its suite
+    return Args(env_id=env_id, **next(PRESETS[name] for name in names if name in PRESETS))
+
 
 # ============================================================================================================================
 # 2. Policy
@@ -240,12 +249,10 @@ class DiffusionPolicy(nn.Module):
         super().__init__()
         n, o = obs_mask.shape
         a = action_mask.shape[1]
-        self.steps = steps
         self.register_buffer("obs_mask", obs_mask.float(), persistent=False)
         self.register_buffer("action_mask", action_mask.float()[:, None], persistent=False)  # [N, 1, A]
-        t = (steps - torch.arange(steps)) / steps
-        schedule = 0.999 * torch.cos(math.pi / 2 * (1.008 - t) / 1.008) ** 2 + 0.001  # large first, tiny last [DIME schedule]
-        self.register_buffer("schedule", schedule[:, None, None, None], persistent=False)  # [K, 1, 1, 1]
+        self.trained_steps = steps
+        self.set_steps(steps)
         self.rho_dt = nn.Parameter(torch.full([n, 1, 1], _inverse_softplus(0.1)))
         self.rho_friction = nn.Parameter(torch.full([n, 1, a], _inverse_softplus(1.0)))
         # Time embedding of the integer step: H Fourier features [deviation D3] with a learned phase, then a small network.
@@ -260,6 +267,17 @@ class DiffusionPolicy(nn.Module):
         self.hidden1, self.hidden2, self.out = (ParallelLinear(n, hidden, size) for size in (hidden, hidden, a))
         nn.init.normal_(self.out.weight, std=1e-4)  # near zero [DIME]: the chain starts as noise
 
+    def set_steps(self, steps: int) -> None:
+        """Walks the same stretch of time in another number of steps than trained: fewer are longer, and see the embedding between."""
+        t = (steps - torch.arange(steps)) / steps
+        schedule = 0.999 * torch.cos(math.pi / 2 * (1.008 - t) / 1.008) ** 2 + 0.001  # large first, tiny last [DIME schedule]
+        stretch, device = self.trained_steps / steps, self.obs_mask.device
+        self.steps = steps
+        self.register_buffer("schedule", (stretch * schedule)[:, None, None, None].to(device), persistent=False)  # [K, 1, 1, 1]
+        self.register_buffer(
+            "index", (stretch * torch.arange(steps))[:, None].to(device), persistent=False
+        )  # [K, 1], that of training
+
     def noise(self, batch: int, generator: torch.Generator) -> Tensor:
         """All the randomness of one chain: [K + 1, B, N, A] standard normal numbers."""
         n, _, a = self.action_mask.shape
@@ -273,8 +291,7 @@ class DiffusionPolicy(nn.Module):
         obs = (obs * self.obs_mask).transpose(0, 1)  # [B, N, O] -> [N, B, O]
         noise = noise.transpose(1, 2) * self.action_mask  # [K + 1, N, B, A]
         eta = F.softplus(self.rho_dt) * self.schedule / F.softplus(self.rho_friction)  # [K, N, 1, A]
-        n = torch.arange(self.steps, device=obs.device)[:, None]  # [K, 1]
-        angle = self.frequency * n + self.phase  # [N, K, H]
+        angle = self.frequency * self.index + self.phase  # [N, K, H]
         time = self.time2(F.gelu(self.time1(torch.cat([angle.sin(), angle.cos()], -1))))  # [N, K, H]
         from_time = self.in_time(time).transpose(0, 1).unsqueeze(2)  # [K, N, 1, H]
         from_obs = self.in_obs(obs)  # [N, B, H]
@@ -530,8 +547,8 @@ class Replay:
         rows = np.concatenate([transitions[name].reshape(count, -1) for name in self.shapes], 1, dtype=np.float32)
         start = self.added % self.capacity
         first = min(count, self.capacity - start)  # the rest goes round to the beginning
-        self.rows[start : start + first].copy_(torch.from_numpy(rows[:first]))
-        self.rows[: count - first].copy_(torch.from_numpy(rows[first:]))
+        self.rows[start : start + first].copy_(torch.from_numpy(rows[:first]), non_blocking=True)
+        self.rows[: count - first].copy_(torch.from_numpy(rows[first:]), non_blocking=True)
         self.added += count
 
     def draw(self, batch: int, generator: torch.Generator) -> Tensor:
@@ -542,7 +559,8 @@ class Replay:
         return self.named(self.rows[index])
 
     def state_dict(self) -> dict:
-        return {"added": self.added, "data": {name: values[: self.added].clone() for name, values in self.data.items()}}
+        copy = lambda values: values[: self.added].to("cpu", copy=True)  # of these rows only, and without doubling a GPU's memory
+        return {"added": self.added, "data": {name: copy(values) for name, values in self.data.items()}}
 
     def load_state_dict(self, state: dict) -> None:
         self.added = int(state["added"])
@@ -646,7 +664,7 @@ class OMAD(nn.Module):
     @torch.no_grad()
     def act(self, obs: np.ndarray, generator: torch.Generator) -> np.ndarray:
         """Decentralised execution, sampled: obs [E, N, O] -> action [E, N, A]."""
-        obs = torch.from_numpy(obs).to(self.device)
+        obs = torch.from_numpy(obs).to(self.device, non_blocking=True)
         return self.chain(obs, self.policy.noise(len(obs), generator)).cpu().numpy()
 
     def update(self, batch: dict[str, Tensor], critic_noise: Tensor, policy_noise: Tensor | None = None) -> Logs:
@@ -708,20 +726,24 @@ class Learner:
         """
 
         def losses(captured: bool) -> Tensor:
-            self.update.enabled, before = captured, self.updates
+            self.update.enabled, self.updates = captured, 0
             generator, trace = torch.Generator(self.agent.device).manual_seed(0), []
             with unchanged(self.agent.tensors()):
                 for _ in range(self.CHECKED):
                     trace += [value.clone() for name, value in self.step(generator).items() if name.startswith("losses/")]
-            self.updates = before
             return torch.stack(trace)
 
+        updates = self.updates
         try:
             plain, captured = losses(False), losses(True)
             error = ((captured - plain).abs() / plain.abs().clamp(min=1)).max().item()
-            agree, reason = error <= self.TOLERANCE, f"losses of {self.CHECKED} updates differ by at most {error:.1e} from eager ones"
+            agree, reason = (
+                error <= self.TOLERANCE,
+                f"losses of {self.CHECKED} updates differ by at most {error:.1e} from eager ones",
+            )
         except RuntimeError as failure:
             agree, reason = False, _first_line(failure)
+        self.updates = updates
         self.update.enabled = self.agent.chain.enabled = agree
         return f"graphs    {'on' if agree else 'off'}: {reason}"
 
@@ -760,8 +782,11 @@ def train(args: Args, saved: dict | None) -> None:
     """The whole of training, from the start or from the checkpoint `saved`."""
     device = pick_device(args.device)
     torch.manual_seed(args.seed)
-    envs, eval_envs = make_vec(args.env_id, args.num_envs, args.observation), make_vec(args.env_id, args.eval_episodes, args.observation)
-    env = envs.envs[0].unwrapped
+    envs, eval_envs = (
+        make_vec(args.env_id, args.num_envs, args.observation),
+        make_vec(args.env_id, args.eval_episodes, args.observation),
+    )
+    env = make_env(args.env_id, args.observation)
     try:
         agent, replay = OMAD(env, args, device), Replay(env, min(args.buffer_size, args.total_timesteps + args.num_envs), device)
         learner = Learner(agent, replay, args)
@@ -871,6 +896,8 @@ class Run:
         print(f"device    {agent.device}, {torch.get_num_threads()} CPU thread(s)")
         print(f"networks  {args.policy} policies {count(agent.policy)}, critics {count(agent.critic)}")
         print(f"expected  about {_duration(seconds)} from step {self.step:,} to {args.total_timesteps:,}")
+        if agent.device.type == "cpu" and args.env_id.startswith("mamujoco_") and args.critic_hidden >= 1024:
+            print(f"small     the paper's sizes want a GPU. On a CPU, add: {SMALL}")
         print(f"logs      {self.path}    (watch: tensorboard --logdir {self.path.parent})", flush=True)
 
     @property
@@ -1108,7 +1135,9 @@ def record_video(agent: OMAD, args: Args, folder: Path, episodes: int = 4) -> No
     """Videos of the policy through gymnasium's own wrapper; needs no screen."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # older videos in the folder are replaced
-        env = gym.wrappers.RecordVideo(make_env(args.env_id, args.observation, "rgb_array"), str(folder), episode_trigger=lambda _: True)
+        env = gym.wrappers.RecordVideo(
+            make_env(args.env_id, args.observation, "rgb_array"), str(folder), episode_trigger=lambda _: True
+        )
     generator = torch.Generator(agent.device).manual_seed(args.seed)
     for episode in range(episodes):
         obs, _ = env.reset(seed=evaluation_seed(args.seed) + episode)
@@ -1133,11 +1162,12 @@ def estimate_seconds(env: TeamEnv, args: Args, device: torch.device) -> float:
 
     def seconds(function, repeats):
         function()  # the first call is slower
-        start = time.perf_counter()
-        for _ in range(repeats):
+        start, count = time.perf_counter(), 0
+        while count < repeats and time.perf_counter() - start < 2:
             function()
-        agent.log_alpha.item()  # wait for the device
-        return (time.perf_counter() - start) / repeats
+            count += 1
+            agent.log_alpha.item()  # wait for the device
+        return (time.perf_counter() - start) / count
 
     critic, both = seconds(lambda: update(index, noise), 8), seconds(lambda: update(index, noise, noise), 8)
     act = seconds(lambda: agent.act(obs, generator), 8) / args.num_envs
@@ -1213,6 +1243,9 @@ def parse(argv: list[str]) -> tuple[Args, dict | None]:
             raise BadInput(f"{flag} needs a value")
     if first["--resume"] and first["--evaluate"]:
         raise BadInput("--resume and --evaluate exclude each other")
+    if "--list-tasks" in (part.replace("_", "-") for part in argv):
+        print_tasks()
+        raise SystemExit(0)
     old, saved = first["--resume"] or first["--evaluate"], None
     if old:
         default, saved = load(old)
@@ -1244,6 +1277,7 @@ def parse(argv: list[str]) -> tuple[Args, dict | None]:
             raise BadInput(f"--total-timesteps {args.total_timesteps}: the run in {old} is at step {saved['step']} already")
         free = {"resume", "evaluate", "device", "torch_threads", "cuda_graph", "compile", "capture_video"}
         free |= {"seed", "eval_episodes"} if args.evaluate else {"total_timesteps"}
+        free |= {"denoising_steps"} if args.evaluate and args.policy == "diffusion" else set()
         for name, value in dataclasses.asdict(default).items():
             if getattr(args, name) != value and name not in free:
                 raise BadInput(f"{_flag(name)} cannot be changed for the run in {old}, which has {value}")
@@ -1251,16 +1285,36 @@ def parse(argv: list[str]) -> tuple[Args, dict | None]:
     return args, saved
 
 
+def print_tasks() -> None:
+    """--list-tasks."""
+    print(f"{'task':33} {'agents':>6}  {'observations':16} {'actions':14} {'state':>5}  {'steps':>5}  what it is")
+    for env_id in list_tasks():
+        env, task = make_env(env_id), find_task(env_id)
+        brief = lambda sizes: ", ".join(f"{len(list(group))} x {size}" for size, group in itertools.groupby(sizes))
+        print(
+            f"{env_id:33} {env.num_agents:6}  {brief(env.obs_sizes):16} {brief(env.action_sizes):14} {env.state_size:5}  {task.horizon:5}  "
+            f"{task.description}"
+        )
+    print(
+        "MaMuJoCo's observations are those of --observation full. Robots named manysegment... take any number of agents x segments\n"
+        "each. Quote names with a | in them. Defaults of a task: python omad.py --help --env-id TASK"
+    )
+
+
 def evaluate_run(args: Args, saved: dict) -> None:
     """--evaluate: the return of a saved run. With the run's own seed and episodes it repeats the last row of its eval.csv."""
     device = pick_device(args.device)
+    trained = dataclasses.replace(args, denoising_steps=saved["args"]["denoising_steps"])
     envs = make_vec(args.env_id, args.eval_episodes, args.observation)
     with _must_fit(Path(args.evaluate) / "checkpoint.pt"):
-        agent = OMAD(envs.envs[0].unwrapped, args, device)
+        agent = OMAD(make_env(args.env_id, args.observation), trained, device)
         agent.load_state_dict(saved["agent"])
+        if args.denoising_steps != trained.denoising_steps:
+            agent.policy.set_steps(args.denoising_steps)
     returns = evaluate(agent, envs, evaluation_seed(args.seed))
     result = f"return {returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} episodes"
-    print(f"{args.env_id}, {args.policy} policy, step {saved['step']:,}: {result}")
+    policy = args.policy + (f" policy, {args.denoising_steps} denoising steps" if args.policy == "diffusion" else " policy")
+    print(f"{args.env_id}, {policy}, step {saved['step']:,}: {result}")
     if args.capture_video:
         record_video(agent, args, Path(args.evaluate) / "videos")
 

@@ -74,14 +74,15 @@ def _mpe(module, **kwargs) -> Callable[..., ParallelEnv]:
 def scripted_adversary(obs: np.ndarray) -> np.ndarray:
     """The opponent of simple_adversary, which is not told which of the landmarks is the goal.
 
-    It walks, with a force of 5 times the distance (full force beyond 0.2), to the landmark that a good agent is closest to: who
-    goes to the goal alone shows it the way, and the team does best with one agent on each landmark. Deterministic.
+    It walks to the landmark that a good agent is closest to: who goes to the goal alone shows it the way, and the team does best
+    with one agent on each landmark. Its force is its distance from there, at most 1 on each axis; that gets there soonest, for a
+    larger force swings past it. Deterministic.
 
     obs: relative positions of two landmarks and two good agents [8] -> force [2] in [-1, 1].
     """
     landmarks, team = obs.reshape(2, 2, 2)  # [landmark, xy], [agent, xy]
     nearest = ((landmarks[:, None] - team) ** 2).sum(-1).min(1)  # [landmark] squared distance to the closest agent
-    return np.clip(5.0 * landmarks[nearest.argmin()], -1.0, 1.0)
+    return np.clip(landmarks[nearest.argmin()], -1.0, 1.0)
 
 
 TASKS: dict[str, Task] = {
@@ -143,8 +144,9 @@ def _mamujoco(robot: str, partition: str) -> Task:
         return mamujoco_v1.parallel_env(scenario, partition, agent_obsk=joints or 0, render_mode=render_mode, **nothing)
 
     parts = [len(part) for part in get_parts_and_edges(scenario, partition)[0]]
-    sizes = f"{len(parts)} agents with {' and '.join(map(str, sorted(set(parts))))} actuators each"
-    return Task(make, f"{scenario}-v5, {sizes}", gym.spec(f"{kind}-v5").max_episode_steps)
+    share = f"{parts[0]} each" if len(set(parts)) == 1 else " + ".join(map(str, parts))
+    description = f"{scenario}-v5, {sum(parts)} actuators shared by {len(parts)} agents ({share})"
+    return Task(make, description, gym.spec(f"{kind}-v5").max_episode_steps)
 
 
 def list_tasks() -> list[str]:
@@ -200,11 +202,16 @@ def check_observation(env_id: str, observation: str) -> None:
 def make_vec(env_id: str, num_envs: int, observation: str = "") -> gym.vector.VectorEnv:
     """`num_envs` copies in one of gymnasium's vector environments, each with episode statistics in `info["episode"]`.
 
+    Copies of a MuJoCo robot get a process each, as many at work at a time as there are cores; an MPE step is too short for that.
     Autoreset is off: `step` returns the true final observation and state at the end of an episode, and the caller restarts
     the finished copies with `reset(options={"reset_mask": done})`. Nothing is hidden, no step is spent on a reset.
     """
-    env_fn = lambda: gym.wrappers.RecordEpisodeStatistics(make_env(env_id, observation))
-    return gym.vector.SyncVectorEnv([env_fn] * num_envs, autoreset_mode=gym.vector.AutoresetMode.DISABLED)
+    env_fns = [lambda: gym.wrappers.RecordEpisodeStatistics(make_env(env_id, observation))] * num_envs
+    disabled = gym.vector.AutoresetMode.DISABLED
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if env_id.startswith("mamujoco_") and num_envs > 1 and cores > 1:
+        return gym.vector.AsyncVectorEnv(env_fns, autoreset_mode=disabled, max_concurrency=cores)
+    return gym.vector.SyncVectorEnv(env_fns, autoreset_mode=disabled)
 
 
 class TeamEnv(gym.Env):

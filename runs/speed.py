@@ -1,13 +1,17 @@
-"""How fast an update is, and what it buys to keep the agents in a tensor dimension.
+"""How fast OMAD is here, and how near that is to what the machine can do.
 
-    python runs/speed.py                                   # the whole table, about ten minutes on one CPU core
-    python runs/speed.py --agents 3 8 --widths 64 --steps 8
+    python runs/speed.py                                   # the update, acting and the whole loop, at the preset of Ant 2x4
+    python runs/speed.py --inference                       # a joint decision with K = 1, 2, 4, 8 denoising steps, and a Gaussian one
+    python runs/speed.py --loop                            # agents as a tensor dimension against a Python loop over agents
 
-For every number of agents N, width H and number of denoising steps K: milliseconds per critic update, per policy update and
-per acting step, beside the same step with one network per agent and a Python loop over them. The two are timed in turns,
-within one process, and the ratio (loop / batched: above 1 means batched is faster) is the median over the turns, so it means
-something on a noisy machine where the milliseconds do not. Peak memory is that of the batched version alone, above the
-process's own: each row runs in a fresh process.
+Versions of the same step are timed in turns, within one process. A ratio is the median over the turns, so it means something on a
+noisy machine where the milliseconds do not. On a machine with a GPU, the first two tables have rows for plain (eager) execution,
+for CUDA graphs and for graphs of compiled networks; on one without, for eager execution and, with --compile, compiled networks.
+
+The floor of an update is the time its matrix products would take at the rate of one large product, or its compulsory memory
+traffic at the rate of one large copy, whichever is longer; both rates are measured here, in the same process. Compulsory are one
+reading of every weight and, for each trained weight, the traffic of Adam (weight, gradient and two moments, read and written),
+and the rows of the batch; activations could stay in caches. The share is floor / measured.
 """
 
 import csv
@@ -16,7 +20,9 @@ import multiprocessing
 import platform
 import statistics
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,33 +31,243 @@ import numpy as np
 import torch
 import tyro
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import omad
+from common.envs import make_env
 
 
 @dataclass(frozen=True)
 class Options:
-    """Speed of OMAD's updates, batched over agents and with a loop over agents."""
+    """Speed of OMAD's updates and decisions."""
 
-    agents: tuple[int, ...] = (2, 3, 8, 24)
-    """numbers of agents N"""
-    widths: tuple[int, ...] = (64, 256)
-    """widths H of the policies; the critics have twice that"""
-    steps: tuple[int, ...] = (1, 2, 4, 8)
-    """denoising steps K"""
-    batch_size: int = 256
-    """transitions per update"""
-    num_envs: int = 8
-    """environments per acting step"""
+    inference: bool = False
+    """the latency of a decision instead"""
+    loop: bool = False
+    """batched against looped agents instead, a table of about ten minutes on one CPU core"""
+    env_id: str = "mamujoco_ant_2x4"
+    """the task whose preset and sizes are used (not with --loop)"""
+    compile: bool = False
+    """also time compiled networks on the CPU; on a GPU they always are"""
+    many: tuple[int, ...] = (3, 24)
+    """numbers of agents between which the growth of the update time is shown"""
+    end_to_end: int = -1
+    """environment steps of real training per version, 0 for none; by default 10,000 on a GPU and none on a CPU"""
     turns: int = 9
     """timings of each version, taken in turns; the median counts"""
     device: str = "auto"
-    """auto, cpu or cuda"""
+    """auto, cpu or cuda; --inference shows both"""
     torch_threads: int = 1
     """CPU threads"""
     output: str = ""
     """CSV file for the table"""
+
+    agents: tuple[int, ...] = (2, 3, 8, 24)
+    """with --loop: numbers of agents N"""
+    widths: tuple[int, ...] = (64, 256)
+    """with --loop: widths H of the policies; the critics have twice that"""
+    steps: tuple[int, ...] = (1, 2, 4, 8)
+    """with --loop and --inference: denoising steps K"""
+    batch_size: int = 256
+    """with --loop: transitions per update"""
+    num_envs: int = 8
+    """with --loop: environments per acting step"""
+
+
+def describe(device: torch.device, options: Options) -> str:
+    cpu = f"{platform.processor() or platform.machine()} CPU, {options.torch_threads} thread(s)"
+    return f"{torch.cuda.get_device_name() if device.type == 'cuda' else cpu}, torch {torch.__version__}"
+
+
+def in_turns(versions: dict[str, Callable], turns: int, repeats: int) -> dict[str, list[float]]:
+    """Seconds per call of each version, `turns` times, one version after the other in every turn."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    for function in versions.values():  # warm up
+        function(), function()
+    times: dict[str, list[float]] = {name: [] for name in versions}
+    for _ in range(turns):
+        for name, function in versions.items():
+            wait()
+            start = time.perf_counter()
+            for _ in range(repeats):
+                function()
+            wait()
+            times[name].append((time.perf_counter() - start) / repeats)
+    return times
+
+
+# --- the update, acting, and the whole loop ---
+
+
+def make_learner(env, args: omad.Args, device: torch.device, captured: bool) -> omad.Learner:
+    """An agent and a replay of random transitions."""
+    torch.manual_seed(0)
+    replay = omad.Replay(env, args.buffer_size, device)
+    replay.added = min(10_000, args.buffer_size)
+    replay.rows[: replay.added].normal_()
+    replay.data["terminated"][: replay.added] = 0
+    learner = omad.Learner(omad.OMAD(env, args, device), replay, args)
+    learner.to_check = False  # speed is what is measured here; the check is a test's and the training's
+    learner.update.enabled = learner.agent.chain.enabled = captured
+    return learner
+
+
+def peaks(device: torch.device) -> tuple[float, float]:
+    """Floating-point operations per second of one large matrix product, bytes per second of one large copy."""
+    size, length = (8192, 2**28) if device.type == "cuda" else (1024, 2**24)
+    a, b, x, y = (
+        torch.randn(size, size, device=device),
+        torch.randn(size, size, device=device),
+        *torch.zeros(2, length, device=device),
+    )
+    out = torch.empty_like(a)
+    times = in_turns({"product": lambda: torch.mm(a, b, out=out), "copy": lambda: y.copy_(x)}, 5, 2)
+    return 2 * size**3 / min(times["product"]), 8 * length / min(times["copy"])
+
+
+def work(learner: omad.Learner, inputs: tuple[torch.Tensor, ...]) -> tuple[float, float]:
+    """Floating-point operations of the matrix products, and compulsory bytes, of one update with these inputs."""
+    agent = learner.agent
+    with FlopCounterMode(display=False) as counter:
+        learner.update.function(*inputs)
+    weights = lambda module: sum(p.numel() for p in module.parameters())
+    trained = weights(agent.critic) + (weights(agent.policy) if len(inputs) == 3 else 0)
+    rows = len(inputs[0]) * learner.replay.rows.shape[1]
+    return counter.get_total_flops(), 4 * (weights(agent.policy) + weights(agent.critic) + 8 * trained + 2 * rows)
+
+
+def update_table(options: Options) -> list[dict]:
+    device = omad.pick_device(options.device)
+    cuda = device.type == "cuda"
+    args, env = omad.preset(options.env_id), make_env(options.env_id)
+    print(f"{describe(device, options)}\n{options.env_id} at its preset: {args.updates_per_step:g} updates per environment step")
+    flops_rate, bytes_rate = peaks(device)
+    print(f"one large product: {flops_rate / 1e12:.2f} TFLOP/s; one large copy: {bytes_rate / 1e9:.0f} GB/s")
+    versions = {"eager": (False, False)}
+    if cuda:
+        versions |= {"graph": (True, False), "graph, compiled": (True, True)}
+    elif options.compile:
+        versions["compiled"] = (False, True)
+    critic, both, act, result = {}, {}, {}, []
+    generator, obs = torch.Generator(device).manual_seed(0), np.zeros((args.num_envs, *env.obs_mask.shape), np.float32)
+    for name, (captured, compiled) in versions.items():
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated() if cuda else 0
+        learner = make_learner(env, dataclasses.replace(args, compile=compiled), device, captured)
+        index = learner.replay.draw(args.batch_size, generator)
+        noise = [learner.agent.policy.noise(args.batch_size, generator) for _ in range(2)]
+        critic[name] = lambda learner=learner: learner.update(index, noise[0])
+        both[name] = lambda learner=learner: learner.update(index, *noise)
+        act[name] = lambda learner=learner: learner.agent.act(obs, generator)
+        critic[name](), both[name](), act[name]()
+        memory = f"{(torch.cuda.max_memory_allocated() - held) / 2**30:.2f}" if cuda else ""
+        result.append(dict(version=name, gpu_gib=memory))
+        if name == "eager":
+            (few, less), (many, more) = work(learner, (index, noise[0])), work(learner, (index, *noise))
+    repeats = 20 if cuda else 2
+    critic, both, act = (in_turns(functions, options.turns, repeats) for functions in (critic, both, act))
+    share = 1 / args.policy_frequency
+    mean = {name: [a + (b - a) * share for a, b in zip(critic[name], both[name])] for name in versions}
+    flops, traffic = few + (many - few) * share, less + (more - less) * share
+    floor = max(flops / flops_rate, traffic / bytes_rate)
+    print(f"an update on average: {flops / 1e9:.2f} GFLOP, {traffic / 1e6:.1f} MB; floor {1e3 * floor:.3f} ms")
+    print("version         | critic ms | +policies ms | mean ms | eager / this | share of floor | act ms | steps/s | GPU GiB")
+    for row in result:
+        name = row["version"]
+        middle = lambda times: 1e3 * statistics.median(times[name])
+        row |= dict(critic_ms=round(middle(critic), 3), both_ms=round(middle(both), 3), mean_ms=round(middle(mean), 3))
+        row |= dict(ratio=round(statistics.median(a / b for a, b in zip(mean["eager"], mean[name])), 2))
+        row |= dict(share=round(1e3 * floor / row["mean_ms"], 3), act_ms=round(middle(act), 3))
+        row |= dict(gflop=round(flops / 1e9, 2), mb=round(traffic / 1e6, 1), floor_ms=round(1e3 * floor, 3))
+        steps = options.end_to_end if options.end_to_end >= 0 else 10_000 * cuda
+        row["steps_per_s"] = round(end_to_end(options, name, steps)) if steps else ""
+        print(
+            f"{name:15s} | {row['critic_ms']:9.3f} | {row['both_ms']:12.3f} | {row['mean_ms']:7.3f} | {row['ratio']:11.2f}x | {row['share']:14.1%} | "
+            f"{row['act_ms']:6.3f} | {row['steps_per_s']!s:>7} | {row['gpu_gib']:>7}",
+            flush=True,
+        )
+    growth(options, args, device, versions)
+    return result
+
+
+def growth(options: Options, args: omad.Args, device: torch.device, versions: dict[str, tuple[bool, bool]]) -> None:
+    """How the mean update time grows with the number of agents, each with 18 observations and 2 actions (compiled ones left out)."""
+    args = dataclasses.replace(args, buffer_size=10_000)
+    for name, (captured, _) in [item for item in versions.items() if not item[1][1]]:
+        functions = {}
+        for n in options.many:
+            env = SimpleNamespace(obs_mask=np.ones((n, 18), bool), action_mask=np.ones((n, 2), bool), state_size=18 * n)
+            learner, generator = make_learner(env, args, device, captured), torch.Generator(device).manual_seed(0)
+            index = learner.replay.draw(args.batch_size, generator)
+            noise = [learner.agent.policy.noise(args.batch_size, generator) for _ in range(2)]
+            functions[n, 1] = lambda u=learner.update, i=index, x=noise: u(i, x[0])
+            functions[n, 2] = lambda u=learner.update, i=index, x=noise: u(i, *x)
+        times = {
+            key: statistics.median(value)
+            for key, value in in_turns(functions, options.turns, 5 if device.type == "cuda" else 1).items()
+        }
+        mean = {n: 1e3 * (times[n, 1] + (times[n, 2] - times[n, 1]) / args.policy_frequency) for n in options.many}
+        text = ", ".join(f"{n} agents {mean[n]:.2f} ms ({mean[n] / mean[options.many[0]]:.2f}x)" for n in options.many)
+        print(f"growth with agents, {name}: {text}")
+
+
+def end_to_end(options: Options, version: str, steps: int) -> float:
+    """Environment steps per second of `omad.py` itself between two evaluations (of one episode, whose time is counted)."""
+    flags = f"--env-id {options.env_id} --device {options.device} --learning-starts 1000 --eval-episodes 1 --total-timesteps {2 * steps}"
+    flags += f" --eval-every {steps} --torch-threads {options.torch_threads}"
+    flags += " --no-cuda-graph" * ("graph" not in version) + " --compile" * ("compiled" in version)
+    with tempfile.TemporaryDirectory() as folder:
+        if omad.main([*flags.split(), "--run-dir", folder]):
+            raise SystemExit(f"omad.py {flags} failed")
+        rows = list(csv.DictReader(next(Path(folder).glob("*/eval.csv")).open()))
+    return steps / (float(rows[-1]["wall_time_s"]) - float(rows[-2]["wall_time_s"]))
+
+
+# --- the latency of a decision ---
+
+
+def inference_table(options: Options) -> list[dict]:
+    """Milliseconds from observations on the host to actions on the host: one joint decision, and 256 at once."""
+    env, result = make_env(options.env_id), []
+    for device in [torch.device("cpu")] + [torch.device("cuda")] * torch.cuda.is_available():
+        omad.pick_device(device.type)
+        print(
+            f"{describe(device, options)}; {options.env_id} at its preset; median of {options.turns} turns, ms per call (ratio to Gaussian)"
+        )
+        for captured in [False, True][: 1 + (device.type == "cuda")]:
+            acts = {}
+            for kind in ("gaussian", *options.steps):
+                changes = dict(policy="gaussian") if kind == "gaussian" else dict(denoising_steps=kind)
+                agent = omad.OMAD(env, dataclasses.replace(omad.preset(options.env_id), **changes), device)
+                agent.chain.enabled = captured
+                acts[kind] = agent.act
+            generator = torch.Generator(device).manual_seed(0)
+            for batch in (1, 256):
+                obs = np.random.default_rng(0).standard_normal((batch, *env.obs_mask.shape), np.float32)
+                functions = {kind: lambda act=act: act(obs, generator) for kind, act in acts.items()}
+                times = in_turns(functions, options.turns, 50 if batch == 1 else 10)
+                cells = []
+                for kind, seconds in times.items():
+                    ms = 1e3 * statistics.median(seconds)
+                    ratio = statistics.median(a / b for a, b in zip(seconds, times["gaussian"]))
+                    result.append(
+                        dict(
+                            device=device.type,
+                            graph=captured,
+                            batch=batch,
+                            policy=str(kind),
+                            ms=round(ms, 3),
+                            ratio=round(ratio, 2),
+                        )
+                    )
+                    cells.append(f"{'' if kind == 'gaussian' else 'K='}{kind} {ms:.3f} ({ratio:.2f}x)")
+                print(f"{device.type}{' graph' if captured else ''}, batch {batch}: " + " | ".join(cells), flush=True)
+    return result
+
+
+# --- agents as a tensor dimension against a loop over agents ---
 
 
 class LoopPolicy(nn.Module):
@@ -88,36 +304,28 @@ def make_agent(options: Options, agents: int, width: int, steps: int, policy_cla
     return agent, batch, np.zeros((options.num_envs, agents, 18), np.float32)
 
 
-def row(options: Options, agents: int, width: int, steps: int) -> dict:
+def loop_row(options: Options, agents: int, width: int, steps: int) -> dict:
     torch.set_num_threads(options.torch_threads)
     cuda = omad.pick_device(options.device).type == "cuda"
     before = peak_memory(cuda)
     result = dict(agents=agents, width=width, steps=steps)
-    times: dict[tuple[str, str], list[float]] = {}
     versions = {}
     for name, policy_class in (("batched", omad.DiffusionPolicy), ("loop", LoopPolicy)):
         agent, batch, obs = make_agent(options, agents, width, steps, policy_class)
         generator = torch.Generator(agent.device).manual_seed(0)
+        noise = agent.policy.noise(options.batch_size, generator)
         versions[name] = {
-            "critic": lambda a=agent, b=batch, g=generator: a.update_critic(b, g),
-            "policy": lambda a=agent, b=batch, g=generator: a.update_policies(b, g),
+            "critic": lambda a=agent, b=batch, n=noise: a.update_critic(b, n),
+            "policy": lambda a=agent, b=batch, n=noise: a.update_policies(b, n),
             "act": lambda a=agent, o=obs, g=generator: a.act(o, g),
         }
-        for function in versions[name].values():  # warm up
-            function(), function()
+        for function in versions[name].values():
+            function()
         if name == "batched":
             result["peak_mib"] = round((peak_memory(cuda) - before) / 2**20)
     for kind in ("critic", "policy", "act"):
-        for _ in range(options.turns):
-            for name in versions:
-                repeats = 5 if kind == "act" else 2
-                start = time.perf_counter()
-                for _ in range(repeats):
-                    versions[name][kind]()
-                if cuda:
-                    torch.cuda.synchronize()
-                times.setdefault((kind, name), []).append((time.perf_counter() - start) / repeats)
-        batched, loop = times[kind, "batched"], times[kind, "loop"]
+        times = in_turns({name: functions[kind] for name, functions in versions.items()}, options.turns, 5 if kind == "act" else 2)
+        batched, loop = times["batched"], times["loop"]
         result[f"{kind}_ms"] = round(1e3 * statistics.median(batched), 2)
         result[f"{kind}_loop_ms"] = round(1e3 * statistics.median(loop), 2)
         result[f"{kind}_ratio"] = round(statistics.median(b / a for a, b in zip(batched, loop)), 2)
@@ -133,35 +341,38 @@ def peak_memory(cuda: bool) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def main() -> None:
-    options = tyro.cli(Options)
-    where = (
-        torch.cuda.get_device_name()
-        if omad.pick_device(options.device).type == "cuda"
-        else f"{platform.processor() or platform.machine()} CPU"
-    )
+def loop_table(options: Options) -> list[dict]:
+    """Each row runs in a fresh process: peak memory is that of the batched version alone, above the process's own."""
     print(
-        f"{where}, {options.torch_threads} thread(s), torch {torch.__version__}, batch {options.batch_size}, acting in {options.num_envs} environments"
+        f"{describe(omad.pick_device(options.device), options)}, batch {options.batch_size}, acting in {options.num_envs} environments"
     )
+    print("ratio = loop / batched: above 1 means that batched is faster")
     print("  N    H  K | critic ms  ratio | policy ms  ratio | act ms  ratio | peak MiB")
     rows = []
     for width in options.widths:
         for agents in options.agents:
             for steps in options.steps:
                 with multiprocessing.get_context("spawn").Pool(1) as fresh:
-                    r = fresh.apply(row, (options, agents, width, steps))
+                    r = fresh.apply(loop_row, (options, agents, width, steps))
                 rows.append(r)
                 print(
                     f"{agents:3d} {width:4d} {steps:2d} | {r['critic_ms']:9.2f} {r['critic_ratio']:5.2f}x | {r['policy_ms']:9.2f} {r['policy_ratio']:5.2f}x"
                     f" | {r['act_ms']:6.2f} {r['act_ratio']:5.2f}x | {r['peak_mib']:8d}",
                     flush=True,
                 )
+    return rows
+
+
+def main() -> None:
+    options = tyro.cli(Options)
+    torch.set_num_threads(options.torch_threads)
+    rows = (loop_table if options.loop else inference_table if options.inference else update_table)(options)
     if options.output:
         with open(options.output, "w", newline="") as file:
             table = csv.DictWriter(file, rows[0])
             table.writeheader()
             table.writerows(rows)
-        print(f"written to {options.output}; options: {dataclasses.asdict(options)}")
+        print(f"written to {options.output}")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import omad
+from common.envs import list_tasks
 from conftest import SHORT
 
 
@@ -213,6 +214,20 @@ def test_evaluate_repeats_the_last_evaluation(cli, tmp_path):
     assert cli("--evaluate", run, "--seed", "9", "--eval-episodes", "7", run_dir=False)[1] != out
 
 
+def test_evaluate_with_fewer_denoising_steps(cli, tmp_path):
+    assert cli(*SHORT)[0] == 0
+    (run,) = run_dirs(tmp_path)
+    shown = [cli("--evaluate", run, "--denoising-steps", k, run_dir=False)[1] for k in (3, 2, 1)]
+    assert [f"{k} denoising steps" in out for k, out in zip((3, 2, 1), shown)] == [True] * 3
+    assert shown[0] == cli("--evaluate", run, run_dir=False)[1]  # 3 is what it was trained with
+    assert len({out.partition("return")[2] for out in shown}) == 3
+    code, _, err = cli("--resume", run, "--denoising-steps", 2, run_dir=False)
+    assert code == 2 and "--denoising-steps" in err
+    assert cli(*SHORT, "--policy", "gaussian")[0] == 0
+    code, _, err = cli("--evaluate", run_dirs(tmp_path)[1], "--denoising-steps", 2, run_dir=False)
+    assert code == 2 and one_line(err) and "--denoising-steps" in err
+
+
 def test_video(cli, tmp_path):
     imageio = pytest.importorskip("imageio")
     assert cli(*SHORT)[0] == 0
@@ -249,17 +264,18 @@ def help_entries(capsys, *flags):
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     names = [omad._flag(field.name) for field in dataclasses.fields(omad.Args)]
-    starts = sorted((re.search(rf" {name}[ ,]", text).end(), name) for name in names)
+    starts = sorted((re.search(rf" {name}(,| (?=[A-Z{{]))", text).end(), name) for name in names)  # not where a text mentions it
     return {name: text[at:end] for (at, name), (end, _) in zip(starts, [*starts[1:], (None, "")])}
 
 
-@pytest.mark.parametrize("env_id", omad.PRESETS)
+@pytest.mark.parametrize("env_id", list_tasks())
 def test_help_shows_the_task_s_defaults(capsys, env_id):
     shown = help_entries(capsys, "--env-id", env_id)
-    for name, value in dataclasses.asdict(omad.Args(env_id=env_id, **omad.PRESETS[env_id])).items():
-        assert f"(default: {value if value != '' else repr('')})" in shown[omad._flag(name)].replace(
-            "default: 'auto'", "default: auto"
-        )
+    args = dataclasses.asdict(omad.preset(env_id))
+    assert args["env_id"] == env_id
+    for name, value in args.items():
+        entry = shown[omad._flag(name)].replace("'", "")  # some words stand in quotes
+        assert f"(default: {value})" in entry, name
 
 
 def test_every_flag_is_documented(capsys):

@@ -276,6 +276,37 @@ def test_padding_never_leaks(kind):
         assert not out[a:3].any() and out[:a].all()
 
 
+def test_another_number_of_denoising_steps_walks_the_same_time():
+    """Same total step size, embedding index over the same range, and nothing changes if the number does not."""
+    policy, obs, noise = policy_with_inputs(DiffusionPolicy)
+    with torch.no_grad():
+        want = policy(obs, noise)
+    policy.set_steps(4)
+    with torch.no_grad():
+        assert all(torch.equal(x, y) for x, y in zip(want, policy(obs, noise)))
+    fine = DiffusionPolicy(masks((1,)), masks((1,)), 8, 400)
+    for steps in (200, 100):
+        total = fine.schedule.sum().item()
+        fine.set_steps(steps)
+        assert fine.schedule.sum().item() == pytest.approx(total, rel=0.02) and fine.noise(5, generator()).shape[0] == steps + 1
+        assert fine.index.flatten().tolist() == list(range(0, 400, 400 // steps))
+
+
+def test_fewer_denoising_steps_sample_nearly_the_same_distribution():
+    """A chain with a linear score, trained with 200 steps: with 50 it ends in nearly the same Gaussian, with other steps' times in another."""
+    ends = []
+    for steps in (200, 50):
+        policy = linear_chain(-1.0, 1.0, 200, dt=0.02)
+        policy.schedule = policy.schedule.double()
+        policy.set_steps(steps)
+        with torch.no_grad():
+            noise = torch.randn(steps + 1, 20_000, 1, 1, generator=generator(), dtype=torch.float64)
+            x = torch.atanh(policy(torch.zeros(20_000, 1, 1, dtype=torch.float64), noise)[0].flatten().clamp(-1 + 1e-12, 1 - 1e-12))
+        ends.append((x.mean().item(), x.std().item()))
+    assert ends[1] == pytest.approx(ends[0], abs=0.06), ends
+    assert ends[0][0] > 0.5 and ends[0][1] < 1.5  # it has gone somewhere: it started from mean 0, standard deviation 2.5
+
+
 # --- critic ---
 
 
@@ -413,7 +444,9 @@ def test_optimisers_and_logs():
     env, agent = env_and_agent(policy_lr=1e-3, q_lr=2e-3, alpha_lr=3e-3, adam_beta1=0.6)
     settings = {name: (o.param_groups[0]["lr"], o.param_groups[0]["betas"][0]) for name, o in agent.optimizers.items()}
     assert settings == {"policy": (1e-3, 0.6), "critic": (2e-3, 0.6), "alpha": (3e-3, 0.9)}
-    logs = agent.update_critic(random_batch(env), agent.policy.noise(16, generator())) | agent.update_policies(random_batch(env), agent.policy.noise(16, generator()))
+    logs = agent.update_critic(random_batch(env), agent.policy.noise(16, generator())) | agent.update_policies(
+        random_batch(env), agent.policy.noise(16, generator())
+    )
     assert not any(value.requires_grad for value in logs.values())  # or every update's graph would stay in memory
     env, agent = env_and_agent(alpha=1e6)
     agent.update_policies(random_batch(env), agent.policy.noise(16, generator()))

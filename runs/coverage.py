@@ -1,0 +1,96 @@
+"""Where the robots of some runs have been: the measure of exploration in the paper's comparison on Ant.
+
+    python runs/coverage.py RUN_DIR RUN_DIR ...
+
+Counts the square bins of the ground plane that the torso visited during the first training steps (random ones included) of each
+run, and gives each run its share of the union: the bins that any of the given runs visited. A share depends on which runs are
+compared, a count does not. The map has one panel per run, darker where it was more often; the cross is where episodes start.
+
+The paper reports 934, 753 and 662 bins, 68.3, 55.0 and 48.4 %, for OMAD, HASAC and HATD3 on Ant 2x4 in 250,000 steps, but neither the
+size of its bins nor its denominator is known to us: counts compare only with counts made here.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import tyro
+
+
+@dataclass(frozen=True)
+class Options:
+    """Bins of the ground plane that runs visited."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """directories of runs"""
+    steps: int = 250_000
+    """how many of the first training steps count"""
+    bin_size: float = 1.0
+    """side of a bin, in metres"""
+    picture: Path = Path(__file__).parent / "results" / "coverage.png"
+    """where the map goes"""
+
+
+def visited(xy: np.ndarray, bin_size: float) -> tuple[np.ndarray, np.ndarray]:
+    """Bins [V, 2] that positions xy [steps, 2] fall into, and how many positions [V] fall into each. NaN: not recorded."""
+    bins = np.floor(xy[np.isfinite(xy).all(1)] / bin_size).astype(int)
+    return np.unique(bins, axis=0, return_counts=True)
+
+
+def load(run: Path) -> tuple[str, np.ndarray]:
+    """What a run is called here, and the torso's position after each of its steps [steps, 2] in metres."""
+    try:
+        args = json.loads((run / "config.json").read_text())["args"]
+        xy = np.load(run / "torso_xy.npy", allow_pickle=False)
+        if xy.ndim != 2 or xy.shape[1] != 2 or xy.dtype.kind != "f":
+            raise ValueError(f"positions of shape {xy.shape} and kind {xy.dtype}, not [steps, 2] of floats")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SystemExit(f"coverage.py: error: {run}: no positions of a robot that walks in a plane: {error}") from None
+    return f"{args['env_id']}, {args['policy']}, seed {args['seed']}", xy
+
+
+def draw(path: Path, panels: list[tuple[str, np.ndarray, np.ndarray]], bin_size: float) -> None:
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 4.4), layout="constrained", squeeze=False)
+    everything = np.concatenate([bins for _, bins, _ in panels])
+    low, high = everything.min(0) - 1, everything.max(0) + 2
+    most = max(np.log10(counts.max()) for _, _, counts in panels)
+    for axis, (title, bins, counts) in zip(axes[0], panels):
+        grid = np.full(high - low, np.nan)
+        grid[tuple((bins - low).T)] = np.log10(counts)
+        edges = [np.arange(low[i], high[i] + 1) * bin_size for i in range(2)]
+        mesh = axis.pcolormesh(*edges, grid.T, cmap="viridis_r", vmin=0, vmax=most)
+        axis.plot(0, 0, "r+", markersize=10)
+        axis.set(title=title, xlabel="x (m)", aspect="equal")
+    axes[0, 0].set_ylabel("y (m)")
+    figure.colorbar(mesh, ax=axes, label="log10 of the steps spent in a bin")
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    options = tyro.cli(Options)
+    panels, union = [], set()
+    for run in options.runs:
+        name, xy = load(run)
+        xy = xy[: options.steps]
+        bins, counts = visited(xy, options.bin_size)
+        if not len(bins):
+            raise SystemExit(f"coverage.py: error: {run}: not one position is recorded yet")
+        union |= set(map(tuple, bins.tolist()))
+        panels.append((f"{name}\n{len(bins)} bins in {len(xy):,} steps", bins, counts))
+        if len(xy) < options.steps:
+            print(f"note: {run} has {len(xy):,} steps only", file=sys.stderr)
+    print(f"bins of {options.bin_size:g} m x {options.bin_size:g} m; union of the {len(panels)} runs: {len(union)} bins")
+    for run, (title, bins, _) in zip(options.runs, panels):
+        print(f"{len(bins):6d} bins {100 * len(bins) / len(union):5.1f} %  {title.splitlines()[0]}  ({run})")
+    draw(options.picture, panels, options.bin_size)
+    print(f"map: {options.picture}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,234 @@
+"""CUDA graphs: what they need of the update can be tested anywhere; the graphs themselves need a GPU, and are skipped without one."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import omad
+from common.envs import make_env
+from conftest import SHORT
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: CUDA graphs are NOT tested on this machine")
+CPU = torch.device("cpu")
+
+
+def make_learner(device=CPU, env_id="mamujoco_halfcheetah_2x3", **changes):
+    """A small agent, and a replay of 500 random transitions of which every third ends an episode."""
+    small = dict(policy_hidden=32, critic_hidden=32, batch_size=32, n_atoms=21, v_min=-10.0, v_max=10.0, buffer_size=600, alpha=0.1)
+    args, env = dataclasses.replace(omad.preset(env_id), **small | changes), make_env(env_id)
+    torch.manual_seed(0)
+    agent, replay = omad.OMAD(env, args, device), omad.Replay(env, args.buffer_size, device)
+    replay.added = 500
+    replay.rows[:500] = torch.randn(replay.rows[:500].shape, generator=torch.Generator().manual_seed(0)).to(device)
+    replay.data["terminated"][:500] = (torch.arange(500) % 3 == 0).float().to(device)
+    learner = omad.Learner(agent, replay, args)
+    learner.to_check = False
+    return learner
+
+
+def draws(learner, policies=True):
+    g, batch = torch.Generator(learner.agent.device).manual_seed(1), learner.args.batch_size
+    return learner.replay.draw(batch, g), *(learner.agent.policy.noise(batch, g) for _ in range(1 + policies))
+
+
+VARIANTS = [dict(), dict(policy="gaussian"), dict(target_networks=True), dict(autotune=False)]
+
+
+class Watch(TorchDispatchMode):
+    """Operators that make the host wait for a value, or draw a random number: a CUDA graph can hold neither."""
+
+    WAIT = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "item", "unique")
+    DRAW = ("rand", "normal", "bernoulli", "dropout", "multinomial", "uniform", "random_")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        bool_index = name == "index" and any(x is not None and x.dtype == torch.bool for x in args[1])
+        if name in self.WAIT or any(name.startswith(word) for word in self.DRAW) or bool_index:
+            self.found.append(name)
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("changes", VARIANTS)
+def test_an_update_neither_waits_nor_draws(changes):
+    learner = make_learner(**changes)
+    with Watch() as watch:
+        (
+            learner.update(*draws(learner)),
+            learner.agent.chain(torch.zeros(4, 2, 19), learner.agent.policy.noise(4, torch.Generator())),
+        )
+    assert [name for name in watch.found if not name.startswith("normal") and not name.startswith("rand")] == []
+    inputs = draws(learner)
+    with Watch() as watch:
+        learner.update(*inputs)
+    assert watch.found == []
+    with Watch() as watch:
+        torch.ones(2).sum().item(), torch.randn(2), torch.ones(2)[torch.ones(2) > 0]
+    assert {"_local_scalar_dense", "randn"} <= set(watch.found)  # the watch does see them
+
+
+@pytest.mark.parametrize("changes", VARIANTS)
+def test_an_update_changes_its_tensors_in_place_and_no_others(changes):
+    """A graph replays on fixed addresses, and what it changes must be known, to be restored after the check."""
+    learner = make_learner(**changes)
+    agent = learner.agent
+    addresses, values = [x.data_ptr() for x in agent.tensors()], [x.clone() for x in agent.tensors()]
+    untouched = [learner.replay.rows.clone(), *(x.clone() for x in agent.policy.buffers())]
+    with omad.unchanged(agent.tensors()):
+        first = {name: value.clone() for name, value in learner.update(*draws(learner)).items()}
+        learner.update(*draws(learner))
+        assert sum(not torch.equal(x, y) for x, y in zip(agent.tensors(), values)) > 0.9 * len(values) * (not changes)
+    assert [x.data_ptr() for x in agent.tensors()] == addresses
+    assert all(torch.equal(x, y) for x, y in zip(agent.tensors(), values))
+    assert all(torch.equal(x, y) for x, y in zip([learner.replay.rows, *agent.policy.buffers()], untouched))
+    again = learner.update(*draws(learner))  # nothing else remembers the two updates
+    assert all(torch.equal(value, again[name]) for name, value in first.items())
+
+
+# --- the check before graphs are trusted, with capturing replaced by something that runs on a CPU ---
+
+
+class FakeGraph:
+    def __init__(self, function, places, result, spoil):
+        self.function, self.places, self.result, self.spoil = function, places, result, spoil
+
+    def replay(self):
+        """What a replay does: the same work on the same places, results written over the old ones."""
+        new = self.function(*self.places)
+        pairs = [(self.result, new)] if isinstance(new, torch.Tensor) else [(self.result[name], new[name]) for name in new]
+        for old, value in pairs:
+            old.copy_(value * self.spoil)
+
+
+def fake_capture(monkeypatch, spoil=1.0, error=None):
+    def capture(self, places):
+        if error:
+            raise RuntimeError(error)
+        with omad.unchanged(self.state()):
+            result = self.function(*places)
+        copies = result.clone() if isinstance(result, torch.Tensor) else {name: value.clone() for name, value in result.items()}
+        return FakeGraph(self.function, places, copies, spoil), places, copies
+
+    monkeypatch.setattr(omad.Captured, "_capture", capture)
+
+
+def test_graphs_are_trusted_if_they_repeat_the_losses(monkeypatch):
+    fake_capture(monkeypatch)
+    plain, captured = make_learner(), make_learner()
+    before = [x.clone() for x in captured.agent.tensors()]
+    assert captured.capture().startswith("graphs    on: losses of 200 updates differ by at most 0.0e+00")
+    assert captured.update.enabled and captured.agent.chain.enabled and captured.updates == 0
+    assert all(torch.equal(x, y) for x, y in zip(captured.agent.tensors(), before))
+    assert sorted(len(shapes) for shapes in captured.update.graphs) == [2, 3]  # one with, one without the policies
+    g, h = torch.Generator().manual_seed(2), torch.Generator().manual_seed(2)
+    for _ in range(6):
+        want = {name: value.clone() for name, value in plain.step(g).items()}
+        got = captured.step(h)
+        assert want.keys() == got.keys() and all(torch.equal(value, got[name]) for name, value in want.items())
+    assert all(torch.equal(x, y) for x, y in zip(captured.agent.tensors(), plain.agent.tensors()))
+    obs = np.random.default_rng(0).standard_normal((3, 2, 19)).astype(np.float32)
+    np.testing.assert_array_equal(captured.agent.act(obs, g), plain.agent.act(obs, h))
+    np.testing.assert_array_equal(captured.agent.act(obs[:1], g), plain.agent.act(obs[:1], h))  # another shape, another graph
+
+
+@pytest.mark.parametrize("spoil, error", [(1.05, None), (float("nan"), None), (1.0, "operation not permitted\nwhile capturing")])
+def test_graphs_that_do_not_repeat_the_losses_are_left_off(monkeypatch, spoil, error):
+    fake_capture(monkeypatch, spoil, error)
+    learner, plain = make_learner(), make_learner()
+    message = learner.capture()
+    assert message.startswith("graphs    off: ") and "\n" not in message and (not error or "not permitted" in message)
+    assert not learner.update.enabled and not learner.agent.chain.enabled and learner.updates == 0
+    g, h = torch.Generator().manual_seed(2), torch.Generator().manual_seed(2)
+    for _ in range(3):
+        got, want = learner.step(g), plain.step(h)
+        assert all(torch.equal(value, got[name]) for name, value in want.items())
+
+
+def test_the_check_runs_once_before_the_first_update(monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr(omad.Learner, "capture", lambda self: calls.append(self.updates) or "graphs    on: ...")
+    learner = make_learner()
+    learner.to_check = True
+    for _ in range(3):
+        learner.step(torch.Generator().manual_seed(0))
+    assert calls == [0] and "graphs" in capsys.readouterr().out
+
+
+def test_no_graphs_on_the_cpu():
+    learner = omad.Learner(make_learner().agent, None, omad.preset("mamujoco_ant_2x4"))
+    assert not learner.to_check and not learner.update.enabled
+
+
+# --- on a GPU ---
+
+
+@gpu
+@pytest.mark.parametrize("changes", VARIANTS)
+def test_captured_updates_equal_eager_ones(changes):
+    """200 updates: losses within `Learner.TOLERANCE`, relative to the larger of 1 and the loss. Nearly exact over the first ten."""
+    learner = make_learner(torch.device("cuda"), **changes)
+    message = learner.capture()
+    assert message.startswith("graphs    on"), message
+    eager, captured = make_learner(torch.device("cuda"), **changes), learner
+    g, h = (torch.Generator("cuda").manual_seed(2) for _ in range(2))
+    for _ in range(10):
+        want, got = eager.step(g), captured.step(h)
+        for name, value in want.items():
+            assert got[name].item() == pytest.approx(value.item(), rel=1e-3, abs=1e-3), name
+
+
+@gpu
+def test_an_update_on_a_gpu_never_waits():
+    learner = make_learner(torch.device("cuda"))
+    learner.capture()
+    g = torch.Generator("cuda").manual_seed(0)
+    for enabled in (False, True):
+        learner.update.enabled = enabled
+        for _ in range(3):
+            learner.step(g)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(6):
+                learner.step(g)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@gpu
+def test_captured_actions_equal_eager_ones():
+    learner = make_learner(torch.device("cuda"))
+    obs = np.random.default_rng(0).standard_normal((5, 2, 19)).astype(np.float32)
+    actions = []
+    for learner.agent.chain.enabled in (False, True, True):
+        actions.append(learner.agent.act(obs, torch.Generator("cuda").manual_seed(3)))
+    np.testing.assert_allclose(actions[1], actions[0], atol=1e-4)
+    np.testing.assert_array_equal(actions[1], actions[2])
+
+
+@gpu
+def test_gpu_equals_cpu():
+    """The same update from the same state and draws, in full float32, on both devices."""
+    torch.set_float32_matmul_precision("highest")
+    here, there = make_learner(), make_learner(torch.device("cuda"))
+    there.agent.load_state_dict(here.agent.state_dict())
+    inputs = draws(here)
+    for _ in range(3):
+        a, b = here.update(*inputs), there.update(*(x.cuda() for x in inputs))
+        assert all(b[name].item() == pytest.approx(value.item(), rel=1e-3, abs=1e-4) for name, value in a.items())
+
+
+@gpu
+def test_a_run_on_a_gpu_and_its_checkpoint_elsewhere(cli, tmp_path):
+    flags = [*SHORT[:-2], "--device", "cuda", "--env-id", "mpe_simple_spread"]
+    code, out, err = cli(*flags)
+    assert code == 0 and "graphs    on" in out, (out, err)
+    (run,) = tmp_path.glob("*__omad__*")
+    assert cli("--resume", run, "--total-timesteps", 600, run_dir=False)[0] == 0
+    code, out, err = cli("--resume", run, "--total-timesteps", 800, "--device", "cpu", run_dir=False)
+    assert code == 0 and "random numbers go on differently" in out, err
