@@ -20,7 +20,7 @@ case "${1:-}" in
   long) run omad_long --total-timesteps 700000 --eval-every 50000 --eval-episodes 400 ;;
   fresh)
     shopt -s nullglob
-    for checkpoint in runs/results/*/*/checkpoint.pt; do
+    for checkpoint in runs/results/omad*/*/checkpoint.pt; do
       folder=$(dirname "$checkpoint")
       python omad.py --evaluate "$folder" --seed 1000 --eval-episodes 1000 > "$folder/fresh.txt.tmp"
       mv "$folder/fresh.txt.tmp" "$folder/fresh.txt"

@@ -1,11 +1,12 @@
-"""The table and the picture of committed results.
+"""The tables and the picture of committed results.
 
     python runs/summary.py                       # everything under runs/results
     python runs/summary.py runs/results/omad runs/results/omad_gaussian --picture compare.png
 
-A folder holds the runs of one variant, one per seed. The table shows, over seeds (mean ± standard deviation): the final policy's
-return on 1000 start states it never saw (fresh.txt, made by `bash runs/simple_spread.sh fresh`), the last and the best
-evaluation of the run itself, and the wall time and steps until its first evaluation at or above the threshold.
+A folder holds the runs of one variant, one per seed; there is a table, and a row of the picture, for each task. The table shows,
+over seeds (mean ± standard deviation): the final policy's return on start states it never saw (fresh.txt, made by
+`bash runs/simple_spread.sh fresh` or `bash runs/mamujoco.sh fresh`), the last and the best evaluation of the run itself, and the wall
+time and steps until its first evaluation at or above the task's threshold.
 """
 
 import csv
@@ -21,15 +22,20 @@ import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 
+THRESHOLDS = {  # levels whose first reaching is timed: HARL's HATD3 at 200k steps; HATD3's published curves at 3M steps
+    "mpe_simple_spread": -13.0,
+    "mamujoco_halfcheetah_2x3": 5300.0,
+    "mamujoco_ant_2x4": 5400.0,
+    "mamujoco_walker2d_2x3": 4000.0,
+}
+
 
 @dataclass(frozen=True)
 class Options:
-    """Table and picture of finished runs."""
+    """Tables and picture of finished runs."""
 
     folders: tyro.conf.Positional[tuple[Path, ...]] = ()
     """folders with runs in them; all of runs/results if none is given"""
-    threshold: float = -13.0
-    """level whose first reaching is timed"""
     picture: Path = Path(__file__).parent / "results" / "curves.png"
     """where the picture goes"""
 
@@ -67,26 +73,25 @@ def spread(values: list[float], digits: int) -> str:
     return text + (f" ({len(known)} of {len(values)})" if len(known) < len(values) else "")
 
 
-def main() -> None:
-    options = tyro.cli(Options)
-    folders = options.folders or sorted({path.parent.parent for path in (Path(__file__).parent / "results").glob("*/*/eval.csv")})
-    figure, (by_step, by_time) = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
-    level = f"{options.threshold:g}"
+def table(env_id: str, variants: dict[str, list[Result]]) -> None:
+    """One task's table, in Markdown."""
+    threshold = THRESHOLDS.get(env_id, np.inf)
+    level, digits = f"{threshold:g}", 2 if env_id.startswith("mpe_") else 0
+    print(f"{env_id}\n")
     print(
         f"| variant | seeds | steps | fresh return | last return | best return | seconds to {level} | steps to {level} | minutes |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
-    for i, folder in enumerate(folders):
-        results = read(folder)
+    for name, results in variants.items():
         columns = [result.columns for result in results]
-        reached = [np.flatnonzero(run["return_mean"] >= options.threshold) for run in columns]
+        reached = [np.flatnonzero(run["return_mean"] >= threshold) for run in columns]
         cells = [
-            folder.name,
+            name,
             ", ".join(str(result.args["seed"]) for result in results),
             f"{columns[0]['step'][-1]:,.0f}",
-            spread([result.fresh for result in results], 2),
-            spread([run["return_mean"][-1] for run in columns], 2),
-            spread([run["return_mean"].max() for run in columns], 2),
+            spread([result.fresh for result in results], digits),
+            spread([run["return_mean"][-1] for run in columns], digits),
+            spread([run["return_mean"].max() for run in columns], digits),
             *(
                 spread([run[key][at[0]] if len(at) else np.nan for run, at in zip(columns, reached)], 0)
                 for key in ("wall_time_s", "step")
@@ -94,19 +99,40 @@ def main() -> None:
             spread([run["wall_time_s"][-1] / 60 for run in columns], 1),
         ]
         print(f"| {' | '.join(cells)} |")
-        for k, run in enumerate(columns):
-            style = dict(color=f"C{i}", alpha=0.8, label=folder.name if k == 0 else None)
+    print()
+
+
+def draw(axes: np.ndarray, env_id: str, variants: dict[str, list[Result]]) -> None:
+    """Return against steps and against minutes, a line for each run."""
+    mpe = env_id.startswith("mpe_")
+    for i, (name, results) in enumerate(variants.items()):
+        for k, result in enumerate(results):
+            run, style = result.columns, dict(color=f"C{i}", alpha=0.8, label=name if k == 0 else None)
             later = run["step"] > 0  # a logarithmic axis has no place for the evaluation before learning
-            by_step.plot(run["step"][later], run["return_mean"][later], **style)
-            by_time.plot(run["wall_time_s"][later] / 60, run["return_mean"][later], **style)
-    for axis, label in ((by_step, "environment steps"), (by_time, "minutes")):
-        axis.axhline(options.threshold, color="grey", linestyle=":", linewidth=1)
-        axis.set(xlabel=label, xscale="log")
+            axes[0].plot(run["step"][later], run["return_mean"][later], **style)
+            axes[1].plot(run["wall_time_s"][later] / 60, run["return_mean"][later], **style)
+    for axis, label in zip(axes, ("environment steps", "minutes")):
+        if env_id in THRESHOLDS:
+            axis.axhline(THRESHOLDS[env_id], color="grey", linestyle=":", linewidth=1)
+        axis.set(xlabel=label, xscale="log" if mpe else "linear", title=env_id)
         axis.grid(alpha=0.3, which="both")
-    by_step.set(ylabel="team return")
-    by_step.legend(loc="lower right", fontsize="small")
-    figure.savefig(options.picture, dpi=120)
-    print(f"\npicture: {options.picture}")
+    axes[0].set(ylabel="team return")
+    axes[0].legend(loc="lower right", fontsize="small")
+
+
+def main() -> None:
+    options = tyro.cli(Options)
+    folders = options.folders or sorted({path.parent.parent for path in (Path(__file__).parent / "results").glob("*/*/eval.csv")})
+    tasks: dict[str, dict[str, list[Result]]] = {}
+    for folder in folders:
+        results = read(folder)
+        tasks.setdefault(results[0].args["env_id"], {})[folder.name] = results
+    figure, axes = plt.subplots(len(tasks), 2, figsize=(11, 4.2 * len(tasks)), sharey="row", layout="constrained", squeeze=False)
+    for row, (env_id, variants) in zip(axes, tasks.items()):
+        table(env_id, variants)
+        draw(row, env_id, variants)
+    figure.savefig(options.picture, dpi=110)
+    print(f"picture: {options.picture}")
 
 
 if __name__ == "__main__":

@@ -213,8 +213,7 @@ def test_the_scripted_adversary_goes_where_a_good_agent_is():
         scripted_adversary(observe(near, far, [0.3, 0.0], away)), near, rtol=1e-6
     )  # an agent stands at `near`
     np.testing.assert_allclose(scripted_adversary(observe(far, near, away, [0.3, 0.0])), near, rtol=1e-6)  # order does not matter
-    env, rng = make_env("mpe_simple_adversary"), np.random.default_rng(0)
-    distances = []
+    env, distances = make_env("mpe_simple_adversary"), []
     for episode in range(50):  # standing agents: it ends at the landmark closest to one of them
         env.reset(seed=episode)
         for _ in range(25):
