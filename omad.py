@@ -752,8 +752,10 @@ def pick_device(name: str) -> torch.device:
     """The one place that decides where tensors live; they are float32 everywhere, a GPU multiplies them as TF32."""
     if name == "cuda" and not torch.cuda.is_available():
         raise BadInput("--device cuda: torch finds no CUDA device here; use --device cpu")
-    torch.set_float32_matmul_precision("high")  # TF32; on the CPU it changes nothing
-    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+    device = torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    return device
 
 
 def evaluate(agent: OMAD, envs: gym.vector.VectorEnv, seed: int) -> np.ndarray:
@@ -808,7 +810,7 @@ def train(args: Args, saved: dict | None) -> None:
             for _ in range(round(args.updates_per_step * args.num_envs)):
                 run.log(learner.step(generator))
 
-    overlap = device.type == "cuda"  # a GPU learns while the environments step; there, updates miss the newest transition
+    overlap = device.type == "cuda"  # a GPU learns while the environments step, and misses the newest transition [deviation D6]
     while run.step < args.total_timesteps:
         # Act.
         if run.step < args.learning_starts:
@@ -1131,15 +1133,15 @@ def draw_curve(path: Path, args: Args, rows: list[dict]) -> None:
     plt.close(figure)
 
 
-def record_video(agent: OMAD, args: Args, folder: Path, episodes: int = 4) -> None:
-    """Videos of the policy through gymnasium's own wrapper; needs no screen."""
+def record_video(agent: OMAD, args: Args, folder: Path) -> None:
+    """Videos of the policy through gymnasium's own wrapper, four short episodes or a long one; needs no screen."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # older videos in the folder are replaced
         env = gym.wrappers.RecordVideo(
             make_env(args.env_id, args.observation, "rgb_array"), str(folder), episode_trigger=lambda _: True
         )
     generator = torch.Generator(agent.device).manual_seed(args.seed)
-    for episode in range(episodes):
+    for episode in range(4 if find_task(args.env_id).horizon <= 100 else 1):
         obs, _ = env.reset(seed=evaluation_seed(args.seed) + episode)
         done = False
         while not done:

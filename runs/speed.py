@@ -2,6 +2,7 @@
 
     python runs/speed.py                                   # the update, acting and the whole loop, at the preset of Ant 2x4
     python runs/speed.py --inference                       # a joint decision with K = 1, 2, 4, 8 denoising steps, and a Gaussian one
+    python runs/speed.py --envs                            # steps of 2 to 16 environments, in one process and in one process each
     python runs/speed.py --loop                            # agents as a tensor dimension against a Python loop over agents
 
 Versions of the same step are timed in turns, within one process. A ratio is the median over the turns, so it means something on a
@@ -27,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+import gymnasium as gym
 import numpy as np
 import torch
 import tyro
@@ -35,7 +37,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import omad
-from common.envs import make_env
+from common.envs import cores, make_env, make_vec
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class Options:
 
     inference: bool = False
     """the latency of a decision instead"""
+    envs: bool = False
+    """the speed of the environments alone instead"""
     loop: bool = False
     """batched against looped agents instead, a table of about ten minutes on one CPU core"""
     env_id: str = "mamujoco_ant_2x4"
@@ -267,6 +271,41 @@ def inference_table(options: Options) -> list[dict]:
     return result
 
 
+# --- environments alone ---
+
+
+def envs_table(options: Options) -> list[dict]:
+    """Environment steps per second of E copies: one after the other in this process, and in a process each."""
+    print(f"{options.env_id}, random actions, {cores()} cores; ratio: above 1 means that processes are faster")
+    result = []
+    for count in (2, 4, 8, 16):
+        versions = {name: make_vec(options.env_id, count, processes=name == "processes") for name in ("one process", "processes")}
+        rng = np.random.default_rng(0)
+        functions = {name: lambda envs=envs: steps(envs, rng) for name, envs in versions.items()}
+        times = in_turns(functions, options.turns, 1)
+        rate = {name: round(count * STEPS / statistics.median(value)) for name, value in times.items()}
+        ratio = round(statistics.median(a / b for a, b in zip(times["one process"], times["processes"])), 2)
+        result.append(dict(envs=count, one_process=rate["one process"], processes=rate["processes"], ratio=ratio))
+        print(
+            f"{count:3d} copies: {rate['one process']:6,d} steps/s in one process, {rate['processes']:6,d} in {count} ({ratio:.2f}x)",
+            flush=True,
+        )
+        for envs in versions.values():
+            envs.close()
+    return result
+
+
+STEPS = 100  # of each copy in one timing
+
+
+def steps(envs: gym.vector.VectorEnv, rng: np.random.Generator) -> None:
+    envs.reset(seed=0)
+    for _ in range(STEPS):
+        *_, terminated, truncated, _ = envs.step(rng.uniform(-1, 1, envs.action_space.shape).astype(np.float32))
+        if (terminated | truncated).any():
+            envs.reset(options={"reset_mask": terminated | truncated})
+
+
 # --- agents as a tensor dimension against a loop over agents ---
 
 
@@ -366,12 +405,13 @@ def loop_table(options: Options) -> list[dict]:
 def main() -> None:
     options = tyro.cli(Options)
     torch.set_num_threads(options.torch_threads)
-    rows = (loop_table if options.loop else inference_table if options.inference else update_table)(options)
+    table = {options.envs: envs_table, options.loop: loop_table, options.inference: inference_table}.get(True, update_table)
+    rows = table(options)
     if options.output:
         with open(options.output, "w", newline="") as file:
-            table = csv.DictWriter(file, rows[0])
-            table.writeheader()
-            table.writerows(rows)
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
         print(f"written to {options.output}")
 
 

@@ -239,6 +239,18 @@ def test_video(cli, tmp_path):
     assert frames.std() > 5 and np.abs(frames[0].astype(int) - frames[-1]).max() > 50  # something is drawn, and it moves
 
 
+@pytest.mark.slow
+def test_video_of_a_robot(cli, tmp_path):
+    """Without a screen: mujoco renders through EGL, in software if it must."""
+    imageio = pytest.importorskip("imageio")
+    flags = [*SHORT, "--env-id", "mamujoco_reacher_2x1", "--eval-every", "200", "--capture-video"]
+    code, out, err = cli(*flags)
+    assert code == 0, err
+    videos = sorted((run_dirs(tmp_path)[0] / "videos").glob("*.mp4"))
+    frames = np.stack([frame for frame in imageio.get_reader(videos[0]).iter_data()])
+    assert len(videos) == 4 and len(frames) == 51 and frames.std() > 5 and np.abs(frames[0].astype(int) - frames[-1]).max() > 50
+
+
 def test_resume_and_evaluate_refuse_what_would_change_the_run(cli, tmp_path):
     assert cli(*SHORT)[0] == 0
     (run,) = run_dirs(tmp_path)

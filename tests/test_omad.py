@@ -508,6 +508,8 @@ def test_replay_is_a_ring():
     for start in range(0, 24, 4):
         rows = {name: np.zeros((4, *values.shape[1:]), np.float32) for name, values in replay.data.items()}
         replay.add(**rows | {"reward": np.arange(start, start + 4)})
+        last = range(max(0, start + 4 - 10), start + 4)
+        assert sorted(replay.data["reward"][: len(last)].tolist()) == list(last)
     assert sorted(replay.data["reward"].tolist()) == list(range(14, 24))
     counts = np.bincount(replay.sample(replay.draw(20_000, generator()))["reward"].int(), minlength=24)
     assert counts[:14].sum() == 0 and counts[14:].min() > 1800

@@ -8,6 +8,7 @@ from gymnasium.utils.env_checker import check_env
 from gymnasium_robotics import mamujoco_v1
 from mpe2 import simple_adversary_v3
 
+import common.envs
 import omad
 from common.envs import UnknownTask, find_task, list_tasks, make_env, make_vec, scripted_adversary
 from conftest import SHORT
@@ -153,11 +154,10 @@ def test_a_robot_that_stands_until_the_limit_is_truncated():
 
 
 def test_copies_in_processes_equal_copies_in_this_one():
-    """`make_vec` puts robots into processes where there are cores for it: same numbers, also across a masked reset."""
+    """Where there are cores for it `make_vec` puts robots into processes: same numbers, also across a masked reset."""
     env_id = "mamujoco_hopper_3x1"
-    fn = lambda: gym.wrappers.RecordEpisodeStatistics(make_env(env_id))
-    serial = gym.vector.SyncVectorEnv([fn] * 3, autoreset_mode=gym.vector.AutoresetMode.DISABLED)
-    ours, rng = make_vec(env_id, 3), np.random.default_rng(0)
+    assert isinstance(make_vec(env_id, 1), gym.vector.SyncVectorEnv)
+    serial, ours, rng = make_vec(env_id, 3, processes=False), make_vec(env_id, 3, processes=True), np.random.default_rng(0)
     try:
         results = [envs.reset(seed=5) for envs in (ours, serial)]
         ended = 0
@@ -300,8 +300,9 @@ def test_every_task_does_real_updates(env_id, policy):
 
 
 @pytest.mark.parametrize("env_id", ["mamujoco_ant_2x4", "mamujoco_reacher_2x1", "mpe_simple_adversary"])
-def test_a_whole_run_on_it(cli, tmp_path, env_id):
+def test_a_whole_run_on_it(cli, tmp_path, env_id, monkeypatch):
     """The program, also with several environments (processes, for robots), evaluation, checkpoint and resume."""
+    monkeypatch.setattr(common.envs, "cores", lambda: 4 if env_id == "mamujoco_reacher_2x1" else 2)
     horizon = find_task(env_id).horizon
     flags = [*SHORT, "--num-envs", 2, "--eval-episodes", 2, "--updates-per-step", 0.5, "--eval-every", 2 * horizon]
     flags += ["--total-timesteps", 2 * horizon, "--learning-starts", 2 * horizon - 40]
@@ -326,6 +327,15 @@ def test_presets_fit_their_tasks(env_id):
             gamma=0.99, policy_lr=3e-4, q_lr=3e-4, buffer_size=1_000_000,
         )  # fmt: skip
         assert {name: getattr(args, name) for name in paper} == paper and args.v_min == -args.v_max
+
+
+@pytest.mark.parametrize(
+    "env_id, v_max", [("mamujoco_ant_2x4", 1000), ("mamujoco_ant_2x4d", 1000), ("mamujoco_ant_4x2", 1000), ("mamujoco_walker2d_2x3", 1000),
+                      ("mamujoco_halfcheetah_2x3", 2000), ("mamujoco_halfcheetah_6x1", 2000), ("mamujoco_swimmer_2x1", 50),
+                      ("mpe_simple_spread", 10), ("mpe_simple_spread_n4", 10), ("mpe_simple_adversary", 30)],
+)  # fmt: skip
+def test_the_papers_tasks_have_the_supports_that_the_readme_gives(env_id, v_max):
+    assert omad.preset(env_id).v_max == v_max
 
 
 def test_on_a_cpu_the_start_says_what_makes_the_task_small(cli, monkeypatch):
