@@ -275,11 +275,10 @@ class DiffusionPolicy(nn.Module):
         t = (steps - torch.arange(steps)) / steps
         schedule = 0.999 * torch.cos(math.pi / 2 * (1.008 - t) / 1.008) ** 2 + 0.001  # large first, tiny last [DIME schedule]
         stretch, device = self.trained_steps / steps, self.obs_mask.device
+        index = stretch * torch.arange(steps)  # in steps of training, which the time embedding knows
         self.steps = steps
         self.register_buffer("schedule", (stretch * schedule)[:, None, None, None].to(device), persistent=False)  # [K, 1, 1, 1]
-        self.register_buffer(
-            "index", (stretch * torch.arange(steps))[:, None].to(device), persistent=False
-        )  # [K, 1], that of training
+        self.register_buffer("index", index[:, None].to(device), persistent=False)  # [K, 1]
 
     def noise(self, batch: int, generator: torch.Generator) -> Tensor:
         """All the randomness of one chain: [K + 1, B, N, A] standard normal numbers."""

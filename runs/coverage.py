@@ -56,19 +56,22 @@ def load(run: Path) -> tuple[str, np.ndarray]:
 
 
 def draw(path: Path, panels: list[tuple[str, np.ndarray, np.ndarray]], bin_size: float) -> None:
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 4.4), layout="constrained", squeeze=False)
+    columns = min(len(panels), 4)
+    rows = -(-len(panels) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 4.4 * rows), layout="constrained", squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
     everything = np.concatenate([bins for _, bins, _ in panels])
     low, high = everything.min(0) - 1, everything.max(0) + 2
     most = max(np.log10(counts.max()) for _, _, counts in panels)
-    for axis, (title, bins, counts) in zip(axes[0], panels):
+    for axis, (title, bins, counts) in zip(axes.flat, panels):
         grid = np.full(high - low, np.nan)
         grid[tuple((bins - low).T)] = np.log10(counts)
         edges = [np.arange(low[i], high[i] + 1) * bin_size for i in range(2)]
         mesh = axis.pcolormesh(*edges, grid.T, cmap="viridis_r", vmin=0, vmax=most)
         axis.plot(0, 0, "r+", markersize=10)
-        axis.set(title=title, xlabel="x (m)", aspect="equal")
-    axes[0, 0].set_ylabel("y (m)")
-    figure.colorbar(mesh, ax=axes, label="log10 of the steps spent in a bin")
+        axis.set(title=title, xlabel="x (m)", ylabel="y (m)", aspect="equal")
+    figure.colorbar(mesh, ax=list(axes.flat[: len(panels)]), label="log10 of the steps spent in a bin")
     figure.savefig(path, dpi=110)
 
 

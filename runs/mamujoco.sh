@@ -26,6 +26,11 @@ case "${1:-}" in
       folder=$(dirname "$checkpoint")
       python omad.py --evaluate "$folder" --seed 1000 --eval-episodes 50 > "$folder/fresh.txt.tmp"
       mv "$folder/fresh.txt.tmp" "$folder/fresh.txt"
+    done
+    for config in runs/results/halfcheetah_2x3_omad/*/config.json; do  # the same with fewer denoising steps than trained
+      folder=$(dirname "$config")
+      for steps in 8 4 2 1; do python omad.py --evaluate "$folder" --seed 1000 --eval-episodes 50 --denoising-steps $steps; done > "$folder/steps.txt.tmp"
+      mv "$folder/steps.txt.tmp" "$folder/steps.txt"
     done ;;
   *) sed -n 2,8p "$0"; exit 2 ;;
 esac
