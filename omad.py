@@ -183,6 +183,7 @@ MPE = dict(
 MAMUJOCO = dict(observation="full", v_min=-1000.0, v_max=1000.0)
 PRESETS: dict[str, dict] = {  # by task or, for all partitions of a robot, by robot; others have their suite's
     "mpe": MPE,
+    "mpe_simple": MPE | dict(v_min=-90.0),
     "mpe_simple_spread_n4": MPE | dict(v_min=-60.0),
     "mpe_simple_reference": MPE | dict(v_min=-60.0),
     "mpe_simple_speaker_listener": MPE | dict(v_min=-90.0),
@@ -190,18 +191,19 @@ PRESETS: dict[str, dict] = {  # by task or, for all partitions of a robot, by ro
     "mpe_collect_treasure": MPE | dict(v_min=-60.0, v_max=60.0),
     "mamujoco": MAMUJOCO,
     "mamujoco_halfcheetah": MAMUJOCO | dict(v_min=-2000.0, v_max=2000.0),
-    "mamujoco_swimmer": MAMUJOCO | dict(v_min=-50.0, v_max=50.0),
-    "mamujoco_manysegmentswimmer": MAMUJOCO | dict(v_min=-100.0, v_max=100.0),
+    "mamujoco_swimmer": MAMUJOCO | dict(v_min=-50.0, v_max=50.0, alpha=0.1),
+    "mamujoco_manysegmentswimmer": MAMUJOCO | dict(v_min=-100.0, v_max=100.0, alpha=0.01),
     "mamujoco_humanoid": MAMUJOCO | dict(v_min=-1500.0, v_max=1500.0),
     "mamujoco_humanoidstandup": MAMUJOCO | dict(v_min=-30000.0, v_max=30000.0),
-    "mamujoco_reacher": MAMUJOCO | dict(v_min=-50.0, v_max=50.0, eval_every=10_000, total_timesteps=300_000),
-    "mamujoco_pusher": MAMUJOCO | dict(v_min=-200.0, v_max=200.0, eval_every=10_000, total_timesteps=300_000),
+    "mamujoco_reacher": MAMUJOCO | dict(v_min=-50.0, v_max=50.0, alpha=0.1, eval_every=10_000, total_timesteps=300_000),
+    "mamujoco_pusher": MAMUJOCO | dict(v_min=-200.0, v_max=200.0, alpha=0.1, eval_every=10_000, total_timesteps=300_000),
 }
 # What makes a MuJoCo task small enough for a CPU; measured in README.md.
 SMALL = (
-    "--policy-hidden 128 --critic-hidden 256 --updates-per-step 1 --policy-lr 1e-3 --q-lr 1e-3 --alpha 0.1 --v-min -1000 --v-max 1000 "
+    "--policy-hidden 128 --critic-hidden 256 --updates-per-step 1 --policy-lr 1e-3 --q-lr 1e-3 --alpha 0.1 "
     "--eval-every 5000 --total-timesteps 100000"
 )
+SMALL_HALFCHEETAH = f"{SMALL} --v-min -1000 --v-max 1000"  # enough for the returns it reaches on a CPU
 
 
 def preset(env_id: str) -> Args:
@@ -595,6 +597,7 @@ class Captured:
                 raise
             except RuntimeError as error:
                 self.enabled, self.error = False, _first_line(error)
+                print(f"note      no CUDA graph: {self.error}", flush=True)
                 self.graphs.clear()
         if not self.enabled:
             return self.function(*inputs)
@@ -724,6 +727,9 @@ class Learner:
         self.agent, self.replay, self.args, self.updates = agent, replay, args, 0
         self.update = Captured(lambda index, *noise: agent.update(replay.sample(index), *noise), agent.tensors)
         self.to_check = args.cuda_graph and agent.device.type == "cuda"
+        self.overlap = (
+            agent.device.type == "cuda"
+        )  # learn while the environments step, without the newest transition [deviation D6]
 
     def step(self, generator: torch.Generator) -> Logs:
         """One critic update, every `policy_frequency`-th with one of the policies and the temperature."""
@@ -835,7 +841,6 @@ def train(args: Args, saved: dict | None) -> None:
             for _ in range(round(args.updates_per_step * args.num_envs)):
                 run.log(learner.step(generator))
 
-    overlap = device.type == "cuda"  # a GPU learns while the environments step, and misses the newest transition [deviation D6]
     while run.step < args.total_timesteps:
         # Act.
         if run.step < args.learning_starts:
@@ -843,7 +848,7 @@ def train(args: Args, saved: dict | None) -> None:
         else:
             action = agent.act(obs, generator)
         run.check_finite("action", action)
-        if overlap:
+        if learner.overlap:
             learn()
         next_obs, reward, terminated, truncated, info = envs.step(action)
         run.check_finite("reward or observation", np.append(reward, next_obs))
@@ -861,7 +866,7 @@ def train(args: Args, saved: dict | None) -> None:
         run.step += args.num_envs
 
         # Learn.
-        if not overlap:
+        if not learner.overlap:
             learn()
 
         # Report.
@@ -898,15 +903,15 @@ class Run:
         self.step, self.last_return, self.rows, self.seconds_before = 0, math.nan, [], 0.0
         if saved:
             self.restore(saved)
+        self.torso_xy = None  # [at least `step`, 2] metres, of robots that walk in a plane
+        if (self.path / "torso_xy.npy").exists():
+            with _must_fit(self.path / "torso_xy.npy"):
+                self.record_path(np.load(self.path / "torso_xy.npy", allow_pickle=False)[: self.step], 0)
         if args.resume:  # some flags may have changed
             try:
                 write_config(self.path, args)
             except FailedRun as error:
                 raise BadInput(str(error)) from error
-        self.torso_xy = None  # [steps, 2] metres, of robots that walk about
-        if (self.path / "torso_xy.npy").exists():
-            with _must_fit(self.path / "torso_xy.npy"):
-                self.record_path(np.load(self.path / "torso_xy.npy", allow_pickle=False)[: self.step], 0)
         self.pending: list[tuple[int, tuple[str, ...], Tensor]] = []  # scalars still on the device: (step, names, values)
         self.writer = SummaryWriter(str(self.path), purge_step=self.step + 1 if saved else 0)
         self.started = self.reported = time.time()
@@ -924,7 +929,8 @@ class Run:
         print(f"networks  {args.policy} policies {count(agent.policy)}, critics {count(agent.critic)}")
         print(f"expected  about {_duration(seconds)} from step {self.step:,} to {args.total_timesteps:,}")
         if agent.device.type == "cpu" and args.env_id.startswith("mamujoco_") and args.critic_hidden >= 1024:
-            print(f"small     the paper's sizes want a GPU. On a CPU, add: {SMALL}")
+            small = SMALL_HALFCHEETAH if args.env_id.startswith("mamujoco_halfcheetah") else SMALL
+            print(f"small     the paper's sizes want a GPU. On a CPU, add: {small}")
         print(f"logs      {self.path}    (watch: tensorboard --logdir {self.path.parent})", flush=True)
 
     @property
@@ -977,9 +983,12 @@ class Run:
 
     def record_path(self, xy: np.ndarray, step: int | None = None) -> None:
         """Keeps where the robots of all environments are after this step, [E, 2]; NaN where a step was not recorded."""
-        if self.torso_xy is None:
-            self.torso_xy = np.full((self.args.total_timesteps + self.args.num_envs, 2), np.nan, np.float32)
         start = self.step if step is None else step
+        if self.torso_xy is None or start + len(xy) > len(self.torso_xy):
+            longer = np.full((max(100_000, 2 * (start + len(xy))), 2), np.nan, np.float32)
+            if self.torso_xy is not None:
+                longer[: len(self.torso_xy)] = self.torso_xy
+            self.torso_xy = longer
         self.torso_xy[start : start + len(xy)] = xy
 
     def progress(self) -> None:
@@ -1231,6 +1240,8 @@ def validate(args: Args) -> None:
         if type(value) is not type(field.default) or get_origin(field.type) is Literal and value not in get_args(field.type):
             raise BadInput(f"{_flag(field.name)} cannot be {value!r}")
     find_task(args.env_id)
+    if not args.observation:
+        raise BadInput("--observation needs a value")
     try:
         check_observation(args.env_id, args.observation)
     except ValueError as error:
@@ -1271,9 +1282,6 @@ def parse(argv: list[str]) -> tuple[Args, dict | None]:
             raise BadInput(f"{flag} needs a value")
     if first["--resume"] and first["--evaluate"]:
         raise BadInput("--resume and --evaluate exclude each other")
-    if "--list-tasks" in (part.replace("_", "-") for part in argv):
-        print_tasks()
-        raise SystemExit(0)
     old, saved = first["--resume"] or first["--evaluate"], None
     if old:
         default, saved = load(old)
@@ -1298,6 +1306,9 @@ def parse(argv: list[str]) -> tuple[Args, dict | None]:
         raise BadInput(
             f"unknown argument '{unknown[0]}'; " + (f"did you mean {' or '.join(near)}?" if near else "--help lists the flags")
         )
+    if args.list_tasks:
+        print_tasks()
+        raise SystemExit(0)
     if old:
         if args.evaluate and not saved:
             raise BadInput(f"{old}: no checkpoint.pt there yet; python omad.py --resume {old} goes on with the run")
@@ -1315,12 +1326,12 @@ def parse(argv: list[str]) -> tuple[Args, dict | None]:
 
 def print_tasks() -> None:
     """--list-tasks."""
-    print(f"{'task':33} {'agents':>6}  {'observations':16} {'actions':14} {'state':>5}  {'steps':>5}  what it is")
+    print(f"{'task':33} {'agents':>6}  {'observations':16} {'actions':20} {'state':>5}  {'steps':>5}  what it is")
     for env_id in list_tasks():
         env, task = make_env(env_id), find_task(env_id)
         brief = lambda sizes: ", ".join(f"{len(list(group))} x {size}" for size, group in itertools.groupby(sizes))
         print(
-            f"{env_id:33} {env.num_agents:6}  {brief(env.obs_sizes):16} {brief(env.action_sizes):14} {env.state_size:5}  {task.horizon:5}  "
+            f"{env_id:33} {env.num_agents:6}  {brief(env.obs_sizes):16} {brief(env.action_sizes):20} {env.state_size:5}  {task.horizon:5}  "
             f"{task.description}"
         )
     print(
@@ -1332,7 +1343,7 @@ def print_tasks() -> None:
 def evaluate_run(args: Args, saved: dict) -> None:
     """--evaluate: the return of a saved run. With the run's own seed and episodes it repeats the last row of its eval.csv."""
     device = pick_device(args.device)
-    trained = dataclasses.replace(args, denoising_steps=saved["args"]["denoising_steps"])
+    trained = dataclasses.replace(args, denoising_steps=Args(**saved["args"]).denoising_steps)
     envs = make_vec(args.env_id, args.eval_episodes, args.observation)
     with _must_fit(Path(args.evaluate) / "checkpoint.pt"):
         agent = OMAD(make_env(args.env_id, args.observation), trained, device)

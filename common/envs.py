@@ -15,15 +15,18 @@ Shape letters: N agents, O observation size (of the largest agent), A action siz
 """
 
 import difflib
+import math
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")  # the banner would come before our own first line
-os.environ.setdefault("MUJOCO_GL", "egl")  # videos without a screen; mujoco reads it when it is imported
+if sys.platform == "linux":
+    os.environ.setdefault("MUJOCO_GL", "egl")  # videos without a screen; mujoco reads it when it is imported
 
 import farama_notifications
 import gymnasium as gym
@@ -32,6 +35,7 @@ import numpy as np
 
 farama_notifications.notifications.pop("gymnasium_robotics", None)  # printed at every import, about robots that are not ours
 from gymnasium_robotics import mamujoco_v1
+from gymnasium_robotics.envs.multiagent_mujoco import many_segment_ant, many_segment_swimmer
 from gymnasium_robotics.envs.multiagent_mujoco.obsk import get_parts_and_edges
 from mpe2 import (
     collect_treasure_v1, simple_adversary_v3, simple_formation_v1, simple_line_v1, simple_reference_v3,
@@ -123,25 +127,36 @@ ROBOTS = {  # in task names -> in gymnasium-robotics, and the partitions that li
 }
 
 
+def _many_segments(kind: str, segments: int, render_mode: str | None) -> gym.Env:
+    """A robot of many segments. Upstream writes its description into the installed package, where two processes collide."""
+    generator = {"Ant": many_segment_ant, "Swimmer": many_segment_swimmer}[kind]
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "robot.xml")
+        generator.gen_asset(n_segs=segments, asset_path=path)
+        return gym.make(f"{kind}-v5", xml_file=path, render_mode=render_mode)
+
+
 def _mamujoco(robot: str, partition: str) -> Task:
     """A robot whose actuators are shared out among agents. Raises `UnknownTask` for a partition it does not have."""
     scenario, listed = ROBOTS[robot]
     name = f"mamujoco_{robot}_{partition}"
-    if scenario.startswith("ManySegment"):
-        known = re.fullmatch(r"[1-9]\d?x[1-9]\d?", partition)
-        kind = "Swimmer" if scenario.endswith("Swimmer") else "Ant"
+    kind = scenario.removeprefix("ManySegment")  # Ant or Swimmer
+    if scenario != kind:
+        known = re.fullmatch(r"[1-9]\d?x[1-9]\d?", partition) and partition != "1x1"
     else:
-        kind, known = scenario, partition in listed
+        known = partition in listed
     if not known:
         raise UnknownTask(
-            f"unknown task '{name}'; {scenario} has the partition{'s'[: len(listed) > 1]} {' and '.join(listed)}"
+            f"unknown task {name!r}; {scenario} has the partition{'s'[: len(listed) > 1]} {' and '.join(listed)}"
             + (", or any other number of agents x segments each" if scenario != kind else "")
         )
 
     def make(render_mode=None, joints=None):
         """joints: how far each agent sees. None: agents see nothing, for callers that hand them the state (a third faster)."""
-        nothing = dict(local_categories=[[]], global_categories=()) if joints is None else {}
-        return mamujoco_v1.parallel_env(scenario, partition, agent_obsk=joints or 0, render_mode=render_mode, **nothing)
+        options = dict(local_categories=[[]], global_categories=()) if joints is None else {}
+        if scenario != kind:
+            options["gym_env"] = _many_segments(kind, math.prod(map(int, partition.split("x"))), render_mode)
+        return mamujoco_v1.parallel_env(scenario, partition, agent_obsk=joints or 0, render_mode=render_mode, **options)
 
     parts = [len(part) for part in get_parts_and_edges(scenario, partition)[0]]
     share = f"{parts[0]} each" if len(set(parts)) == 1 else " + ".join(map(str, parts))
@@ -161,13 +176,13 @@ def find_task(env_id: str) -> Task:
     suite, _, rest = env_id.partition("_")
     robot, _, partition = rest.partition("_")
     if suite == "mamujoco" and robot == "coupledhalfcheetah":
-        raise UnknownTask(f"'{env_id}' cannot run: gymnasium-robotics' CoupledHalfCheetah does not load in the installed mujoco")
+        raise UnknownTask(f"{env_id!r} cannot run: gymnasium-robotics' CoupledHalfCheetah does not load in the installed mujoco")
     if suite == "mamujoco" and robot in ROBOTS:
         return _mamujoco(robot, partition)
     if env_id in COMPETITIVE:
-        raise UnknownTask(f"'{env_id}' has two teams and mpe2 ships no opponent for either; --list-tasks shows what there is")
+        raise UnknownTask(f"{env_id!r} has two teams and mpe2 ships no opponent for either; --list-tasks shows what there is")
     near = difflib.get_close_matches(env_id, list_tasks(), n=3, cutoff=0.5) or ["mpe_simple_spread", "mamujoco_ant_2x4"]
-    raise UnknownTask(f"unknown task '{env_id}'; did you mean {' or '.join(near)}? --list-tasks shows all")
+    raise UnknownTask(f"unknown task {env_id!r}; did you mean {' or '.join(near)}? --list-tasks shows all")
 
 
 # --- environments ---
@@ -196,7 +211,7 @@ def check_observation(env_id: str, observation: str) -> None:
     offered = r"full|k\d" if env_id.startswith("mamujoco_") else "own"
     if observation and not re.fullmatch(offered, observation):
         offer = "'full', 'k0', 'k1' ... 'k9'" if env_id.startswith("mamujoco_") else "'own' only"
-        raise ValueError(f"'{observation}': {env_id} offers {offer}")
+        raise ValueError(f"{observation!r}: {env_id} offers {offer}")
 
 
 def cores() -> int:
@@ -207,7 +222,7 @@ def cores() -> int:
 def make_vec(env_id: str, num_envs: int, observation: str = "", processes: bool | None = None) -> gym.vector.VectorEnv:
     """`num_envs` copies in one of gymnasium's vector environments, each with episode statistics in `info["episode"]`.
 
-    With `processes` every copy has a process of its own, as many at work at a time as there are cores. By default several MuJoCo
+    With `processes` every copy has a process of its own, as many at work at a time as there are cores. By default 2 to 64 MuJoCo
     robots have, where there are four cores or more: on two,
     measured, what the processes tell each other costs more than they gain.
     Autoreset is off: `step` returns the true final observation and state at the end of an episode, and the caller restarts
@@ -216,7 +231,7 @@ def make_vec(env_id: str, num_envs: int, observation: str = "", processes: bool 
     env_fns = [lambda: gym.wrappers.RecordEpisodeStatistics(make_env(env_id, observation))] * num_envs
     disabled = gym.vector.AutoresetMode.DISABLED
     if processes is None:
-        processes = env_id.startswith("mamujoco_") and num_envs > 1 and cores() >= 4
+        processes = env_id.startswith("mamujoco_") and 1 < num_envs <= 64 and cores() >= 4
     if processes:
         return gym.vector.AsyncVectorEnv(env_fns, autoreset_mode=disabled, max_concurrency=cores())
     return gym.vector.SyncVectorEnv(env_fns, autoreset_mode=disabled)

@@ -33,7 +33,7 @@ class Options:
     """how many of the first training steps count"""
     bin_size: float = 1.0
     """side of a bin, in metres"""
-    picture: Path = Path(__file__).parent / "results" / "coverage.png"
+    picture: Path = Path("coverage.png")
     """where the map goes"""
 
 
@@ -77,6 +77,8 @@ def draw(path: Path, panels: list[tuple[str, np.ndarray, np.ndarray]], bin_size:
 
 def main() -> None:
     options = tyro.cli(Options)
+    if not options.runs or options.steps < 1 or not 0 < options.bin_size < np.inf:
+        raise SystemExit("coverage.py: error: give at least one run, --steps of at least 1 and a --bin-size above 0 metres")
     panels, union = [], set()
     for run in options.runs:
         name, xy = load(run)
@@ -86,12 +88,16 @@ def main() -> None:
             raise SystemExit(f"coverage.py: error: {run}: not one position is recorded yet")
         union |= set(map(tuple, bins.tolist()))
         panels.append((f"{name}\n{len(bins)} bins in {len(xy):,} steps", bins, counts))
-        if len(xy) < options.steps:
-            print(f"note: {run} has {len(xy):,} steps only", file=sys.stderr)
+        recorded = int(np.isfinite(xy).all(1).sum())
+        if recorded < options.steps:
+            print(f"note: {run} has the positions of {recorded:,} steps only", file=sys.stderr)
     print(f"bins of {options.bin_size:g} m x {options.bin_size:g} m; union of the {len(panels)} runs: {len(union)} bins")
     for run, (title, bins, _) in zip(options.runs, panels):
         print(f"{len(bins):6d} bins {100 * len(bins) / len(union):5.1f} %  {title.splitlines()[0]}  ({run})")
-    draw(options.picture, panels, options.bin_size)
+    try:
+        draw(options.picture, panels, options.bin_size)
+    except OSError as error:
+        raise SystemExit(f"coverage.py: error: --picture {options.picture}: {error}") from None
     print(f"map: {options.picture}")
 
 

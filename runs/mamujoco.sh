@@ -8,7 +8,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 both() {
-  small=$(python -c "import omad; print(omad.SMALL)")
+  small=$(python -c "import omad; print(omad.SMALL_HALFCHEETAH if '$1'.startswith('halfcheetah') else omad.SMALL)")
   for seed in 1 2; do
     for policy in diffusion gaussian; do
       python omad.py --env-id "mamujoco_$1" $small --total-timesteps "$2" --seed $seed --policy $policy \
@@ -18,8 +18,8 @@ both() {
 }
 case "${1:-}" in
   halfcheetah) both halfcheetah_2x3 90000 ;;
-  ant) both ant_2x4 130000 ;;
-  walker2d) both walker2d_2x3 130000 ;;
+  ant) both ant_2x4 120000 ;;
+  walker2d) both walker2d_2x3 120000 ;;
   fresh)
     shopt -s nullglob
     for checkpoint in runs/results/{halfcheetah,ant,walker2d}_*/*/checkpoint.pt; do

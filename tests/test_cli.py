@@ -320,6 +320,10 @@ def test_every_flag_is_documented(capsys):
         (["--run-dir", ""], ["--run-dir"]),
         (["--run-dir="], ["--run-dir"]),
         (["--buffer-size", "100000000000", "--total-timesteps", "100000000000"], ["replay", "cannot be made"]),
+        (["--list-tasks", "--bogus", "3"], ["--bogus"]),
+        (["--list-tasks", "--env-id", "nope"], ["nope"]),
+        (["--observation", ""], ["--observation"]),
+        (["--observation", "k\n1"], ["--observation"]),
         (["--resume", "nowhere"], ["nowhere"]),
         (["--resume", ""], ["--resume"]),
         (["--evaluate", "nowhere"], ["nowhere"]),
@@ -396,6 +400,8 @@ def test_bad_checkpoints(cli, tmp_path):
     bad(lambda: torch.save(good | {"step": -50}, path))
     bad(lambda: torch.save(good | {"args": good["args"] | {"policy_hidden": 10**6}}, path), ["--evaluate"])
     bad(lambda: torch.save({k: v for k, v in good.items() if k != "agent"}, path))
+    bad(lambda: torch.save(good | {"args": {k: v for k, v in good["args"].items() if k != "denoising_steps"}}, path), ["--resume"])
+    bad(lambda: torch.save(good | {"format": "omad-1"}, path))
     momenta = copy.deepcopy(good["optimizers"])
     next(iter(momenta["policy"]["state"].values()))["exp_avg"] = torch.zeros(2)  # fused Adam would write out of bounds
     partial = copy.deepcopy(good["optimizers"])

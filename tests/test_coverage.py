@@ -36,7 +36,7 @@ def test_bins_counts_and_shares(tmp_path, monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert "union of the 2 runs: 4 bins" in out and "bins of 1 m x 1 m" in out
     assert "     3 bins  75.0 %" in out and "     2 bins  50.0 %" in out
-    assert "two has 2 steps only" in err and "one has" not in err
+    assert "two has the positions of 2 steps only" in err and "one has the positions of 4 steps only" in err
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
     bins, counts = coverage_script.visited(np.array([[0.1, 0.1], [0.9, 0.9], [-0.1, 0.1]]), 1.0)
     assert bins.tolist() == [[-1, 0], [0, 0]] and counts.tolist() == [1, 2]
@@ -57,6 +57,24 @@ def test_runs_without_positions_are_one_line(tmp_path, monkeypatch, damage):
     with pytest.raises(SystemExit) as stop:
         run_script(monkeypatch, run, "--picture", tmp_path / "map.png")
     assert str(run) in str(stop.value.code) and "\n" not in str(stop.value.code) and not (tmp_path / "map.png").exists()
+
+
+@pytest.mark.parametrize("flags", [(), ("RUN", "--bin-size", 0), ("RUN", "--steps", -5), ("RUN", "--picture", "/nowhere/map.png")])
+def test_bad_flags_are_one_line(tmp_path, monkeypatch, flags):
+    run = make_run(tmp_path / "run", [[0.0, 0.0]])
+    with pytest.raises(SystemExit) as stop:
+        run_script(monkeypatch, *(run if flag == "RUN" else flag for flag in flags))
+    assert str(stop.value.code).startswith("coverage.py: error: ") and "\n" not in str(stop.value.code)
+
+
+def test_positions_take_the_memory_of_the_steps_taken():
+    """Not of those planned; and an unrecorded stretch is NaN."""
+    run = omad.Run.__new__(omad.Run)
+    run.torso_xy, run.step = None, 7
+    for run.step in range(7, 300_007, 50_000):
+        run.record_path(np.full((3, 2), run.step))
+    assert len(run.torso_xy) <= 600_020 and np.isnan(run.torso_xy[:7]).all() and np.isnan(run.torso_xy[10:50_007]).all()
+    assert run.torso_xy[250_007:250_010].tolist() == [[250_007.0] * 2] * 3 and run.torso_xy[7].tolist() == [7.0, 7.0]
 
 
 ANT = [*SHORT, "--env-id", "mamujoco_ant_2x4", "--num-envs", "2", "--eval-every", "2000", "--eval-episodes", "1"]
@@ -105,8 +123,9 @@ def test_training_records_where_the_torso_is(cli, tmp_path, monkeypatch):
     assert cli("--resume", run, run_dir=False)[0] == 0
     np.testing.assert_array_equal(np.load(run / "torso_xy.npy"), xy)
     (run / "torso_xy.npy").write_bytes(b"damaged")
-    code, _, err = cli("--resume", run, run_dir=False)
-    assert code == 2 and "torso_xy.npy" in err and len(err.splitlines()) == 1
+    config = (run / "config.json").read_bytes()
+    code, _, err = cli("--resume", run, "--total-timesteps", 6000, run_dir=False)
+    assert code == 2 and "torso_xy.npy" in err and len(err.splitlines()) == 1 and (run / "config.json").read_bytes() == config
 
 
 def test_robots_on_a_line_have_no_positions():

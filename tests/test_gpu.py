@@ -1,6 +1,7 @@
 """CUDA graphs: what they need of the update can be tested anywhere; the graphs themselves need a GPU, and are skipped without one."""
 
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -165,6 +166,29 @@ def test_no_graphs_on_the_cpu():
     assert not learner.to_check and not learner.update.enabled
 
 
+def test_learning_while_the_environments_step(cli, tmp_path, monkeypatch):
+    """The order of a GPU, on the CPU: as many updates, each without the newest transitions; another order, another run."""
+    sizes, step, init = [], omad.Learner.step, omad.Learner.__init__
+
+    def overlapping(self, *args):
+        init(self, *args)
+        self.overlap = True
+
+    def spy(self, generator):
+        sizes.append(self.replay.added)
+        return step(self, generator)
+
+    monkeypatch.setattr(omad.Learner, "step", spy)
+    assert cli(*SHORT)[0] == 0
+    serial = sizes.copy()
+    sizes.clear()
+    monkeypatch.setattr(omad.Learner, "__init__", overlapping)
+    assert cli(*SHORT)[0] == 0
+    assert serial == list(range(84, 404, 4)) and sizes == list(range(84, 400, 4))
+    one, other = sorted(tmp_path.glob("*__omad__*"))
+    assert (one / "eval.csv").read_text() != (other / "eval.csv").read_text()
+
+
 # --- on a GPU ---
 
 
@@ -255,9 +279,9 @@ def test_a_run_on_a_gpu_and_its_checkpoint_elsewhere(cli, tmp_path):
 # --- compiling ---
 
 
-@pytest.mark.slow
-def test_compiled_losses_equal_plain_ones():
-    """On the CPU; takes minutes the first time."""
+def test_compiled_losses_equal_plain_ones(monkeypatch):
+    """Traced and differentiated as for a compiler, but run by torch's own operators: generating code takes minutes on a CPU."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager", fullgraph=True))
     plain, compiled = make_learner(), make_learner(compile=True)
     g, h = (torch.Generator().manual_seed(2) for _ in range(2))
     for _ in range(6):
@@ -266,3 +290,6 @@ def test_compiled_losses_equal_plain_ones():
             assert got[name].item() == pytest.approx(want[name].item(), rel=1e-3, abs=1e-3), name
     obs = np.random.default_rng(0).standard_normal((3, 2, 19)).astype(np.float32)
     np.testing.assert_allclose(compiled.agent.act(obs, g), plain.agent.act(obs, h), atol=1e-3)
+    with omad.unchanged(compiled.agent.tensors()):
+        compiled.update(*draws(compiled))
+    assert all(p.grad is None or p.grad.isfinite().all() for p in compiled.agent.parameters())

@@ -1,5 +1,7 @@
 """Every task: sizes, presets, real updates; Multi-Agent MuJoCo and the scripted adversary against the upstream packages."""
 
+from pathlib import Path
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from mpe2 import simple_adversary_v3
 import common.envs
 import omad
 from common.envs import UnknownTask, find_task, list_tasks, make_env, make_vec, scripted_adversary
-from conftest import SHORT
+from conftest import ROOT, SHORT
 
 PAPER = [
     "mpe_simple_spread", "mpe_simple_spread_n4", "mpe_simple_adversary", "mamujoco_ant_2x4", "mamujoco_ant_2x4d", "mamujoco_ant_4x2",
@@ -121,11 +123,16 @@ def test_unequal_agents_are_masked():
 
 
 ENDS = {
-    "mamujoco_ant_2x4": "terminates", "mamujoco_halfcheetah_2x3": "truncates", "mamujoco_walker2d_2x3": "terminates",
-    "mamujoco_hopper_3x1": "terminates", "mamujoco_swimmer_2x1": "truncates", "mamujoco_humanoid_9|8": "terminates",
-    "mamujoco_manysegmentswimmer_10x2": "truncates", "mamujoco_reacher_2x1": "truncates", "mamujoco_pusher_3p": "truncates",
-    "mpe_simple_spread": "truncates", "mpe_simple_adversary": "truncates", "mpe_simple_formation": "truncates",
-}  # fmt: skip
+    **{
+        f"mamujoco_{name}": "terminates"
+        for name in ("ant_2x4", "ant_2x4d", "ant_4x2", "walker2d_2x3", "hopper_3x1", "humanoid_9|8")
+    },
+    **{
+        f"mamujoco_{name}": "truncates" for name in ("halfcheetah_2x3", "halfcheetah_6x1", "swimmer_2x1", "manysegmentswimmer_10x2")
+    },
+    **{f"mamujoco_{name}": "truncates" for name in ("reacher_2x1", "pusher_3p", "humanoidstandup_9|8")},
+    **{env_id: "truncates" for env_id in list_tasks() if env_id.startswith("mpe_")},
+}
 
 
 @pytest.mark.parametrize("env_id", ENDS)
@@ -179,6 +186,21 @@ def test_copies_in_processes_equal_copies_in_this_one():
         assert ended > 2
     finally:
         ours.close()
+
+
+def test_many_segments_leave_nothing_behind_and_open_side_by_side():
+    """Upstream writes their description into the installed package; ours goes to a temporary folder, so that processes do not meet."""
+    folder = Path(mamujoco_v1.__file__).parent / "assets"
+    before = sorted(path.name for path in folder.iterdir())
+    theirs, ours = mamujoco_v1.parallel_env("ManySegmentAnt", "2x2", agent_obsk=0), make_env("mamujoco_manysegmentant_2x2")
+    action = np.random.default_rng(0).uniform(-1, 1, ours.action_space.shape).astype(np.float32)
+    theirs.reset(seed=0), ours.reset(seed=0)
+    for _ in range(5):
+        want = theirs.step(dict(zip(theirs.possible_agents, action)))
+        assert ours.step(action)[1] == pytest.approx(want[1]["agent_0"], rel=1e-5)
+    envs = make_vec("mamujoco_manysegmentant_2x2", 6, processes=True)
+    envs.reset(seed=0), envs.close()
+    assert sorted(path.name for path in folder.iterdir()) == before
 
 
 # --- the scripted adversary ---
@@ -236,6 +258,8 @@ def test_the_scripted_adversary_goes_where_a_good_agent_is():
         ("mamujoco_coupledhalfcheetah_1p1", ["cannot run", "CoupledHalfCheetah"]),
         ("mamujoco_spider_2x4", ["unknown task", "did you mean"]),
         ("mamujoco_manysegmentswimmer_10", ["ManySegmentSwimmer", "10x2"]),
+        ("mamujoco_manysegmentswimmer_1x1", ["ManySegmentSwimmer", "10x2"]),
+        ("mpe_simple\nspread", ["unknown task"]),
         ("mpe_simple_tag", ["two teams"]),
         ("mpe_simple_world_comm", ["two teams"]),
         ("mpe_simple_adversry", ["mpe_simple_adversary"]),
@@ -338,10 +362,18 @@ def test_the_papers_tasks_have_the_supports_that_the_readme_gives(env_id, v_max)
     assert omad.preset(env_id).v_max == v_max
 
 
-def test_on_a_cpu_the_start_says_what_makes_the_task_small(cli, monkeypatch):
+@pytest.mark.parametrize("robot, own_support", [("halfcheetah_2x3", True), ("ant_2x4", False), ("swimmer_2x1", False)])
+def test_on_a_cpu_the_start_says_what_makes_the_task_small(cli, monkeypatch, robot, own_support):
+    """Flags that fit this task's preset, and that the program takes."""
     monkeypatch.setattr(omad, "estimate_seconds", lambda *_: 4e6)
     monkeypatch.setattr(omad.Run, "evaluate_and_save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    out = cli("--env-id", "mamujoco_halfcheetah_2x3", "--device", "cpu")[1]
-    assert "1111.1 h" in out and omad.SMALL in out
-    code, out, err = cli("--env-id", "mamujoco_halfcheetah_2x3", "--device", "cpu", *omad.SMALL.split())
-    assert code == 130 and omad.SMALL not in out, err
+    out = cli("--env-id", f"mamujoco_{robot}", "--device", "cpu")[1]
+    (line,) = (line for line in out.splitlines() if line.startswith("small "))
+    assert "1111.1 h" in out and ("--v-max" in line) == own_support
+    code, out, err = cli("--env-id", f"mamujoco_{robot}", "--device", "cpu", *line.partition("add: ")[2].split())
+    assert code == 130 and "small " not in out, err
+
+
+def test_the_readme_has_the_small_variant():
+    readme = " ".join((ROOT / "README.md").read_text().replace("\\\n", " ").split())
+    assert f"python omad.py --env-id mamujoco_halfcheetah_2x3 {omad.SMALL_HALFCHEETAH}" in readme
