@@ -573,7 +573,8 @@ class Replay:
         for name, shape in self.shapes.items():
             if state["data"][name].shape != (count, *shape):
                 raise ValueError(f"replay: {name} of shape {list(state['data'][name].shape)} for {self.added} transitions")
-        self.rows[:count] = torch.cat([state["data"][name].reshape(count, -1) for name in self.shapes], 1).to(self.rows.device)
+        rows = [state["data"][name].reshape(count, math.prod(shape)) for name, shape in self.shapes.items()]
+        self.rows[:count] = torch.cat(rows, 1).to(self.rows.device)
 
 
 class Captured:

@@ -160,7 +160,8 @@ def test_resume_from_every_checkpoint_equals_the_uninterrupted_run(cli, tmp_path
     assert cli(*SHORT, *flags)[0] == 130
     run = next(path for path in run_dirs(tmp_path) if path != whole)
     while len(rows(run)) < len(rows(whole)):
-        assert cli("--resume", run, run_dir=False)[0] == 130
+        code, _, err = cli("--resume", run, run_dir=False)
+        assert code == 130, err
         count += 1
     assert count == 4 and rows(run) == rows(whole)
     assert all(torch.equal(value, weights(whole)[name]) for name, value in weights(run).items())
@@ -400,7 +401,6 @@ def test_bad_checkpoints(cli, tmp_path):
     bad(lambda: torch.save(good | {"step": -50}, path))
     bad(lambda: torch.save(good | {"args": good["args"] | {"policy_hidden": 10**6}}, path), ["--evaluate"])
     bad(lambda: torch.save({k: v for k, v in good.items() if k != "agent"}, path))
-    bad(lambda: torch.save(good | {"args": {k: v for k, v in good["args"].items() if k != "denoising_steps"}}, path), ["--resume"])
     bad(lambda: torch.save(good | {"format": "omad-1"}, path))
     momenta = copy.deepcopy(good["optimizers"])
     next(iter(momenta["policy"]["state"].values()))["exp_avg"] = torch.zeros(2)  # fused Adam would write out of bounds
