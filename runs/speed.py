@@ -154,14 +154,14 @@ def update_table(options: Options) -> list[dict]:
         versions |= {"graph": (True, False), "graph, compiled": (True, True)}
     elif options.compile:
         versions["compiled"] = (False, True)
-    critic, both, act, result = {}, {}, {}, []
+    critic, both, act, learners, result = {}, {}, {}, {}, []
     generator, obs = torch.Generator(device).manual_seed(0), np.zeros((args.num_envs, *env.obs_mask.shape), np.float32)
     for name, (captured, compiled) in versions.items():
         if cuda:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_reserved() if cuda else 0
-        learner = make_learner(env, dataclasses.replace(args, compile=compiled), device, captured)
+        learners[name] = learner = make_learner(env, dataclasses.replace(args, compile=compiled), device, captured)
         index = learner.replay.draw(args.batch_size, generator)
         noise = [learner.agent.policy.noise(args.batch_size, generator) for _ in range(2)]
         critic[name] = lambda learner=learner: learner.update(index, noise[0])
@@ -194,8 +194,30 @@ def update_table(options: Options) -> list[dict]:
             f"{row['act_ms']:6.3f} | {row['steps_per_s']!s:>7} | {row['gpu_gib']:>7}",
             flush=True,
         )
+        if steps:
+            whole_run(options, args, learners[name], row["steps_per_s"])
     growth(options, args, device, versions)
     return result
+
+
+def whole_run(options: Options, args: omad.Args, learner: omad.Learner, rate: float) -> None:
+    """What the task's whole run takes at this rate, with its evaluations and its checkpoints, whose time is measured here."""
+    start = time.perf_counter()
+    envs = make_vec(options.env_id, args.eval_episodes)
+    omad.evaluate(learner.agent, envs, 0)
+    evaluation = time.perf_counter() - start
+    envs.close()
+    learner.replay.added = learner.replay.capacity
+    with tempfile.TemporaryFile() as file:
+        start = time.perf_counter()
+        torch.save({"agent": learner.agent.state_dict(), "replay": learner.replay.state_dict()}, file)
+        checkpoint = time.perf_counter() - start
+    count, filled = args.total_timesteps / args.eval_every, 1 - args.buffer_size / (2 * args.total_timesteps)  # on average
+    minutes = [x / 60 for x in (args.total_timesteps / rate, count * evaluation, count * filled * checkpoint)]
+    print(
+        f"{args.total_timesteps:,} steps would take {sum(minutes):.0f} min: training {minutes[0]:.0f}, {count:.0f} evaluations {minutes[1]:.1f}, "
+        f"as many checkpoints {minutes[2]:.1f}"
+    )
 
 
 def growth(options: Options, args: omad.Args, device: torch.device, versions: dict[str, tuple[bool, bool]]) -> None:
@@ -221,6 +243,8 @@ def growth(options: Options, args: omad.Args, device: torch.device, versions: di
 
 def end_to_end(options: Options, version: str, steps: int) -> float:
     """Environment steps per second of `omad.py` itself between two evaluations (of one episode, whose time is counted)."""
+    if steps < 1000:
+        raise SystemExit("speed.py: error: --end-to-end must be at least 1000 steps, an episode of most tasks")
     flags = f"--env-id {options.env_id} --device {options.device} --learning-starts 1000 --eval-episodes 1 --total-timesteps {2 * steps}"
     flags += f" --eval-every {steps} --torch-threads {options.torch_threads}"
     flags += " --no-cuda-graph" * ("graph" not in version) + " --compile" * ("compiled" in version)
