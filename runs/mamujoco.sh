@@ -19,7 +19,7 @@ both() {
 case "${1:-}" in
   halfcheetah) both halfcheetah_2x3 90000 ;;
   ant) both ant_2x4 120000 ;;
-  walker2d) both walker2d_2x3 120000 ;;
+  walker2d) both walker2d_2x3 135000 ;;
   fresh)
     shopt -s nullglob
     for checkpoint in runs/results/{halfcheetah,ant,walker2d}_*/*/checkpoint.pt; do
