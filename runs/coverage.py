@@ -56,13 +56,14 @@ def load(run: Path) -> tuple[str, np.ndarray]:
 
 
 def draw(path: Path, panels: list[tuple[str, np.ndarray, np.ndarray]], bin_size: float) -> None:
-    columns = min(len(panels), 4)
-    rows = -(-len(panels) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 4.4 * rows), layout="constrained", squeeze=False)
-    for axis in axes.flat[len(panels) :]:
-        axis.remove()
     everything = np.concatenate([bins for _, bins, _ in panels])
     low, high = everything.min(0) - 1, everything.max(0) + 2
+    width, height = high - low
+    columns, size = (1, (9, 1.2 + 8 * height / width)) if width > 2 * height else (min(len(panels), 4), (4.4, 4.6))
+    rows = -(-len(panels) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(size[0] * columns, size[1] * rows), layout="constrained", squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
     most = max(np.log10(counts.max()) for _, _, counts in panels)
     for axis, (title, bins, counts) in zip(axes.flat, panels):
         grid = np.full(high - low, np.nan)
