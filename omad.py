@@ -1208,8 +1208,9 @@ def estimate_seconds(env: TeamEnv, args: Args, device: torch.device) -> float:
 
     critic, both = seconds(lambda: update(index, noise), 8), seconds(lambda: update(index, noise, noise), 8)
     act = seconds(lambda: agent.act(obs, generator), 8) / args.num_envs
-    step = seconds(lambda: env.step(np.zeros(env.action_space.shape)), min(find_task(args.env_id).horizon - 1, 20) or 1)
-    evaluation = args.eval_episodes * find_task(args.env_id).horizon / args.eval_every  # its steps per training step
+    horizon = find_task(args.env_id).horizon
+    step = seconds(lambda: env.step(np.zeros(env.action_space.shape)), min(horizon - 1, 20) or 1)
+    evaluation = args.eval_episodes * horizon / args.eval_every  # its steps per training step
     update.graphs.clear(), agent.chain.graphs.clear()  # their memory; the rest goes with the function
     return args.total_timesteps * (
         act + step * (1 + evaluation) + args.updates_per_step * (critic + (both - critic) / args.policy_frequency)
@@ -1240,7 +1241,7 @@ def validate(args: Args) -> None:
         value = getattr(args, field.name)
         if type(value) is not type(field.default) or get_origin(field.type) is Literal and value not in get_args(field.type):
             raise BadInput(f"{_flag(field.name)} cannot be {value!r}")
-    find_task(args.env_id)
+    horizon = find_task(args.env_id).horizon
     if not args.observation:
         raise BadInput("--observation needs a value")
     try:
@@ -1264,7 +1265,7 @@ def validate(args: Args) -> None:
             raise BadInput(f"{_flag(low)} {getattr(args, low)} must be below {_flag(high)} {getattr(args, high)}")
     if args.buffer_size < args.num_envs:
         raise BadInput(f"--buffer-size {args.buffer_size} must be at least --num-envs {args.num_envs}")
-    whole = args.num_envs * find_task(args.env_id).horizon
+    whole = args.num_envs * horizon
     if args.eval_every < whole:
         raise BadInput(
             f"--eval-every {args.eval_every} must be at least {whole}, one episode in each environment: they restart at evaluations"

@@ -89,9 +89,8 @@ def main() -> None:
             raise SystemExit(f"coverage.py: error: {run}: not one position is recorded yet")
         union |= set(map(tuple, bins.tolist()))
         panels.append((f"{name}\n{len(bins)} bins in {len(xy):,} steps", bins, counts))
-        recorded = int(np.isfinite(xy).all(1).sum())
-        if recorded < options.steps:
-            print(f"note: {run} has the positions of {recorded:,} steps only", file=sys.stderr)
+        if counts.sum() < options.steps:
+            print(f"note: {run} has the positions of {counts.sum():,} steps only", file=sys.stderr)
     print(f"bins of {options.bin_size:g} m x {options.bin_size:g} m; union of the {len(panels)} runs: {len(union)} bins")
     for run, (title, bins, _) in zip(options.runs, panels):
         print(f"{len(bins):6d} bins {100 * len(bins) / len(union):5.1f} %  {title.splitlines()[0]}  ({run})")

@@ -174,7 +174,7 @@ def update_table(options: Options) -> list[dict]:
             (few, less), (many, more) = work(learner, (index, noise[0])), work(learner, (index, *noise))
     repeats = 20 if cuda else 2
     critic, both, act = (in_turns(functions, options.turns, repeats) for functions in (critic, both, act))
-    share = 1 / args.policy_frequency
+    share, steps = 1 / args.policy_frequency, options.end_to_end if options.end_to_end >= 0 else 10_000 * cuda
     mean = {name: [a + (b - a) * share for a, b in zip(critic[name], both[name])] for name in versions}
     flops, traffic = few + (many - few) * share, less + (more - less) * share
     floor = max(flops / flops_rate, traffic / bytes_rate)
@@ -187,7 +187,6 @@ def update_table(options: Options) -> list[dict]:
         row |= dict(ratio=round(statistics.median(a / b for a, b in zip(mean["eager"], mean[name])), 2))
         row |= dict(share=round(1e3 * floor / row["mean_ms"], 3), act_ms=round(middle(act), 3))
         row |= dict(gflop=round(flops / 1e9, 2), mb=round(traffic / 1e6, 1), floor_ms=round(1e3 * floor, 3))
-        steps = options.end_to_end if options.end_to_end >= 0 else 10_000 * cuda
         row["steps_per_s"] = round(end_to_end(options, name, steps)) if steps else ""
         print(
             f"{name:15s} | {row['critic_ms']:9.3f} | {row['both_ms']:12.3f} | {row['mean_ms']:7.3f} | {row['ratio']:11.2f}x | {row['share']:14.1%} | "
@@ -308,7 +307,7 @@ def envs_table(options: Options) -> list[dict]:
     for count in (2, 4, 8, 16):
         versions = {name: make_vec(options.env_id, count, processes=name == "processes") for name in ("one process", "processes")}
         rng = np.random.default_rng(0)
-        functions = {name: lambda envs=envs: steps(envs, rng) for name, envs in versions.items()}
+        functions = {name: lambda envs=envs: walk(envs, rng) for name, envs in versions.items()}
         times = in_turns(functions, options.turns, 1)
         rate = {name: round(count * STEPS / statistics.median(value)) for name, value in times.items()}
         ratio = round(statistics.median(a / b for a, b in zip(times["one process"], times["processes"])), 2)
@@ -325,7 +324,7 @@ def envs_table(options: Options) -> list[dict]:
 STEPS = 100  # of each copy in one timing
 
 
-def steps(envs: gym.vector.VectorEnv, rng: np.random.Generator) -> None:
+def walk(envs: gym.vector.VectorEnv, rng: np.random.Generator) -> None:
     envs.reset(seed=0)
     for _ in range(STEPS):
         *_, terminated, truncated, _ = envs.step(rng.uniform(-1, 1, envs.action_space.shape).astype(np.float32))

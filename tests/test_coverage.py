@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import omad
 from common.envs import make_env, make_vec
@@ -98,8 +99,6 @@ def test_training_records_where_the_torso_is(cli, tmp_path, monkeypatch):
     monkeypatch.setattr(omad.Run, "record_path", step)
     envs, args = make_vec("mamujoco_ant_2x4", 2), omad.preset("mamujoco_ant_2x4")
     envs.reset(seed=omad.mix_seed(1, 0))
-    import torch
-
     g = torch.Generator().manual_seed(1)
     for t in range(20):  # the first, random, steps again
         info = envs.step(torch.rand(2, 2, 4, generator=g).numpy() * 2 - 1)[4]
