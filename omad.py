@@ -51,7 +51,7 @@ import tyro
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
-from common.envs import TeamEnv, UnknownTask, check_observation, find_task, list_tasks, make_env, make_vec
+from common.envs import TeamEnv, UnknownTask, check_observation, find_prey, find_task, list_tasks, make_env, make_vec
 
 # ============================================================================================================================
 # 1. Arguments
@@ -68,7 +68,9 @@ class Args:
     env_id: str = "mpe_simple_spread"
     """the task; --list-tasks prints them"""
     observation: str = "own"
-    """what each agent sees: own (MPE); in MaMuJoCo full (the whole state and an agent id) or k0, k1, ... (own joints and those near)"""
+    """what each agent sees: own (MPE, OMAR); in MaMuJoCo full (the whole state and an agent id) or k0, k1, ... (joints at most k away)"""
+    prey: str = ""
+    """omar_simple_tag and omar_simple_world: a file with the prey's network (OMAR's pretrained_adv_model.pt); else the project's own"""
     seed: int = 1
     """seed of everything random: networks, environments, noise, replay"""
     total_timesteps: int = 3_000_000
@@ -181,6 +183,11 @@ MPE = dict(
 # Multi-Agent MuJoCo has the sizes of the paper and of DIME, which want a GPU. The support is symmetric: one whose middle is far
 # from zero starts with a far too high or too low value everywhere, and has to unlearn it first.
 MAMUJOCO = dict(observation="full", v_min=-1000.0, v_max=1000.0)
+# OMAR's tasks are there to make offline data on a CPU.
+OMAR_HALFCHEETAH = dict(
+    total_timesteps=100_000, eval_every=5_000, updates_per_step=1.0, policy_lr=1e-3, q_lr=1e-3, policy_hidden=128,
+    critic_hidden=256, v_min=-500.0, v_max=500.0, alpha=0.1,
+)  # fmt: skip
 PRESETS: dict[str, dict] = {  # by task or, for all partitions of a robot, by robot; others have their suite's
     "mpe": MPE,
     "mpe_simple": MPE | dict(v_min=-90.0),
@@ -189,6 +196,10 @@ PRESETS: dict[str, dict] = {  # by task or, for all partitions of a robot, by ro
     "mpe_simple_speaker_listener": MPE | dict(v_min=-90.0),
     "mpe_simple_adversary": MPE | dict(v_min=-30.0, v_max=30.0),
     "mpe_collect_treasure": MPE | dict(v_min=-60.0, v_max=60.0),
+    "omar_simple_spread": MPE | dict(v_min=-600.0, v_max=600.0, alpha=0.1),
+    "omar_simple_tag": MPE | dict(v_min=-300.0, v_max=300.0, alpha=0.1),
+    "omar_simple_world": MPE | dict(v_min=-200.0, v_max=200.0, alpha=0.1),
+    "omar_halfcheetah": OMAR_HALFCHEETAH,
     "mamujoco": MAMUJOCO,
     "mamujoco_halfcheetah": MAMUJOCO | dict(v_min=-2000.0, v_max=2000.0),
     "mamujoco_swimmer": MAMUJOCO | dict(v_min=-50.0, v_max=50.0, alpha=0.1),
@@ -817,10 +828,10 @@ def train(args: Args, saved: dict | None) -> None:
     device = pick_device(args.device)
     torch.manual_seed(args.seed)
     envs, eval_envs = (
-        make_vec(args.env_id, args.num_envs, args.observation),
-        make_vec(args.env_id, args.eval_episodes, args.observation),
+        make_vec(args.env_id, args.num_envs, args.observation, prey=args.prey),
+        make_vec(args.env_id, args.eval_episodes, args.observation, prey=args.prey),
     )
-    env = make_env(args.env_id, args.observation)
+    env = make_env(args.env_id, args.observation, prey=args.prey)
     try:
         agent, replay = OMAD(env, args, device), Replay(env, min(args.buffer_size, args.total_timesteps + args.num_envs), device)
         learner = Learner(agent, replay, args)
@@ -1173,7 +1184,7 @@ def record_video(agent: OMAD, args: Args, folder: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # older videos in the folder are replaced
         env = gym.wrappers.RecordVideo(
-            make_env(args.env_id, args.observation, "rgb_array"), str(folder), episode_trigger=lambda _: True
+            make_env(args.env_id, args.observation, "rgb_array", args.prey), str(folder), episode_trigger=lambda _: True
         )
     generator = torch.Generator(agent.device).manual_seed(args.seed)
     for episode in range(4 if find_task(args.env_id).horizon <= 100 else 1):
@@ -1248,6 +1259,11 @@ def validate(args: Args) -> None:
         check_observation(args.env_id, args.observation)
     except ValueError as error:
         raise BadInput(f"--observation {error}") from error
+    if args.prey:
+        try:
+            find_prey(args.env_id, args.prey)
+        except ValueError as error:
+            raise BadInput(f"--prey {error}") from error
     if not args.run_dir:
         raise BadInput("--run-dir needs a value")
     if args.capture_video and not importlib.util.find_spec("moviepy"):
@@ -1316,7 +1332,7 @@ def parse(argv: list[str]) -> tuple[Args, dict | None]:
             raise BadInput(f"{old}: no checkpoint.pt there yet; python omad.py --resume {old} goes on with the run")
         if saved and not args.evaluate and args.total_timesteps < min(saved["step"], default.total_timesteps):
             raise BadInput(f"--total-timesteps {args.total_timesteps}: the run in {old} is at step {saved['step']} already")
-        free = {"resume", "evaluate", "device", "torch_threads", "cuda_graph", "compile", "capture_video"}
+        free = {"resume", "evaluate", "prey", "device", "torch_threads", "cuda_graph", "compile", "capture_video"}
         free |= {"seed", "eval_episodes"} if args.evaluate else {"total_timesteps"}
         free |= {"denoising_steps"} if args.evaluate and args.policy == "diffusion" else set()
         for name, value in dataclasses.asdict(default).items():
@@ -1346,9 +1362,9 @@ def evaluate_run(args: Args, saved: dict) -> None:
     """--evaluate: the return of a saved run. With the run's own seed and episodes it repeats the last row of its eval.csv."""
     device = pick_device(args.device)
     trained = dataclasses.replace(args, denoising_steps=Args(**saved["args"]).denoising_steps)
-    envs = make_vec(args.env_id, args.eval_episodes, args.observation)
+    envs = make_vec(args.env_id, args.eval_episodes, args.observation, prey=args.prey)
     with _must_fit(Path(args.evaluate) / "checkpoint.pt"):
-        agent = OMAD(make_env(args.env_id, args.observation), trained, device)
+        agent = OMAD(make_env(args.env_id, args.observation, prey=args.prey), trained, device)
         agent.load_state_dict(saved["agent"])
         if args.denoising_steps != trained.denoising_steps:
             agent.policy.set_steps(args.denoising_steps)

@@ -6,6 +6,7 @@ says what `make_env` opens:
 
     mpe_<scenario>                        the cooperative scenarios of mpe2, and simple_adversary against a scripted adversary
     mamujoco_<scenario>_<partition>       any partition of any robot that gymnasium-robotics' MaMuJoCo knows
+    omar_<scenario>                       the four tasks in which OMAR's offline data were made (`common/omar.py`)
 
 Definitions, used everywhere in this project:
     team reward = mean over the team's agents of the environment's own reward
@@ -22,6 +23,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")  # the banner would come before our own first line
@@ -44,6 +46,8 @@ from mpe2 import (
 from pettingzoo import ParallelEnv
 from pettingzoo.utils.conversions import aec_to_parallel
 
+from common import omar
+
 # Without this, mujoco prints that a robot's file uses a deprecated attribute, once per copy, and keeps a log file of it.
 mujoco.set_mju_user_warning(lambda message: None if "deprecated" in message else print(f"mujoco: {message}", file=sys.stderr))
 
@@ -63,6 +67,7 @@ class Task:
     description: str
     horizon: int = 25  # steps of the longest episode
     opponents: Mapping[str, Opponent] = field(default_factory=dict)  # agents outside the team, and the script each follows
+    own_state: bool = False  # the joint state is the environment's own, not all observations
 
 
 # --- MPE ---
@@ -109,6 +114,30 @@ TASKS: dict[str, Task] = {
     "mpe_collect_treasure": Task(_mpe(collect_treasure_v1), "six collectors bring treasures to two movable deposits"),
 }
 COMPETITIVE = ("mpe_simple_crypto", "mpe_simple_push", "mpe_simple_tag", "mpe_simple_world_comm")
+
+
+# --- OMAR's tasks ---
+
+
+def _omar(scenario: str, description: str) -> Task:
+    return Task(
+        lambda render_mode=None: aec_to_parallel(omar.ParticleEnv(scenario, render_mode)),
+        f"{description}; OMAR's rewards and physics",
+        opponents=omar.make_prey(scenario),
+    )
+
+
+TASKS |= {
+    "omar_simple_spread": _omar("simple_spread", "three agents cover three landmarks"),
+    "omar_simple_tag": _omar("simple_tag", "three predators keep touching a prey among obstacles"),
+    "omar_simple_world": _omar("simple_world", "three predators keep touching a prey in a wood"),
+    "omar_halfcheetah_2x3": Task(
+        partial(mamujoco_v1.parallel_env, "HalfCheetah", "2x3", agent_obsk=0, global_categories=()),
+        "HalfCheetah-v5, 6 actuators shared by 2 agents, each of which sees its own joints only",
+        horizon=1000,
+        own_state=True,
+    ),
+}
 
 # --- Multi-Agent MuJoCo ---
 
@@ -161,7 +190,7 @@ def _mamujoco(robot: str, partition: str) -> Task:
     parts = [len(part) for part in get_parts_and_edges(scenario, partition)[0]]
     share = f"{parts[0]} each" if len(set(parts)) == 1 else " + ".join(map(str, parts))
     description = f"{scenario}-v5, {sum(parts)} actuators shared by {len(parts)} agents ({share})"
-    return Task(make, description, gym.spec(f"{kind}-v5").max_episode_steps)
+    return Task(make, description, gym.spec(f"{kind}-v5").max_episode_steps, own_state=True)
 
 
 def list_tasks() -> list[str]:
@@ -188,7 +217,7 @@ def find_task(env_id: str) -> Task:
 # --- environments ---
 
 
-def make_env(env_id: str, observation: str = "", render_mode: str | None = None) -> "TeamEnv":
+def make_env(env_id: str, observation: str = "", render_mode: str | None = None, prey: str = "") -> "TeamEnv":
     """Opens one task.
 
     Args:
@@ -197,13 +226,16 @@ def make_env(env_id: str, observation: str = "", render_mode: str | None = None)
             whole state and a one-hot agent id (HARL's setting), "k0", "k1", ... its own joints and those at most k joints away.
             "" stands for "own" in MPE and for "full" in MaMuJoCo. Raises `ValueError` for what the task does not have.
         render_mode: None or "rgb_array".
+        prey: a file with the prey's network, for OMAR's tag and world; "" for the project's own. Raises `ValueError` for a file
+            that is not one, and for other tasks.
     """
     task = find_task(env_id)
     check_observation(env_id, observation)
     if env_id.startswith("mamujoco_"):
         joints = int(observation[1:]) if observation.startswith("k") else None
         return TeamEnv(task.make(render_mode=render_mode, joints=joints), own_state=True, observe_state=joints is None)
-    return TeamEnv(task.make(render_mode=render_mode), task.opponents)
+    opponents = find_prey(env_id, prey) if prey else task.opponents
+    return TeamEnv(task.make(render_mode=render_mode), opponents, own_state=task.own_state)
 
 
 def check_observation(env_id: str, observation: str) -> None:
@@ -214,12 +246,22 @@ def check_observation(env_id: str, observation: str) -> None:
         raise ValueError(f"{observation!r}: {env_id} offers {offer}")
 
 
+def find_prey(env_id: str, path: str) -> Mapping[str, Opponent]:
+    """The prey in that file, by its agent's name. Raises `ValueError` for a file that is not one, and for a task without prey."""
+    scenario = env_id.removeprefix("omar_")
+    if not env_id.startswith("omar_") or scenario not in omar.PREY_SIZES:
+        raise ValueError(f"{path}: {env_id} has no prey, only omar_simple_tag and omar_simple_world have")
+    return omar.make_prey(scenario, path)
+
+
 def cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def make_vec(env_id: str, num_envs: int, observation: str = "", processes: bool | None = None) -> gym.vector.VectorEnv:
+def make_vec(
+    env_id: str, num_envs: int, observation: str = "", processes: bool | None = None, prey: str = ""
+) -> gym.vector.VectorEnv:
     """`num_envs` copies in one of gymnasium's vector environments, each with episode statistics in `info["episode"]`.
 
     With `processes` every copy has a process of its own, as many at work at a time as there are cores. By default 2 to 64 MuJoCo
@@ -227,11 +269,17 @@ def make_vec(env_id: str, num_envs: int, observation: str = "", processes: bool 
     measured, what the processes tell each other costs more than they gain.
     Autoreset is off: `step` returns the true final observation and state at the end of an episode, and the caller restarts
     the finished copies with `reset(options={"reset_mask": done})`. Nothing is hidden, no step is spent on a reset.
+    OMAR's particle tasks are arrays of all copies, with the same numbers a hundred times faster.
     """
-    env_fns = [lambda: gym.wrappers.RecordEpisodeStatistics(make_env(env_id, observation))] * num_envs
+    scenario = env_id.removeprefix("omar_")
+    if env_id.startswith("omar_") and scenario in omar.SCENARIOS:
+        if prey:
+            find_prey(env_id, prey)  # complains
+        return gym.wrappers.vector.RecordEpisodeStatistics(omar.ParticleVec(scenario, num_envs, prey))
+    env_fns = [lambda: gym.wrappers.RecordEpisodeStatistics(make_env(env_id, observation, prey=prey))] * num_envs
     disabled = gym.vector.AutoresetMode.DISABLED
     if processes is None:
-        processes = env_id.startswith("mamujoco_") and 1 < num_envs <= 64 and cores() >= 4
+        processes = env_id.startswith(("mamujoco_", "omar_halfcheetah")) and 1 < num_envs <= 64 and cores() >= 4
     if processes:
         return gym.vector.AsyncVectorEnv(env_fns, autoreset_mode=disabled, max_concurrency=cores())
     return gym.vector.SyncVectorEnv(env_fns, autoreset_mode=disabled)
