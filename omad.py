@@ -823,14 +823,12 @@ def evaluate(agent: OMAD, envs: gym.vector.VectorEnv, seed: int) -> np.ndarray:
     return returns
 
 
-def train(args: Args, saved: dict | None) -> None:
-    """The whole of training, from the start or from the checkpoint `saved`."""
+def train(args: Args, saved: dict | None, envs: gym.vector.VectorEnv | None = None) -> None:
+    """The whole of training, from the start or from the checkpoint `saved`; in `envs`, if the caller wants to look on."""
     device = pick_device(args.device)
     torch.manual_seed(args.seed)
-    envs, eval_envs = (
-        make_vec(args.env_id, args.num_envs, args.observation, prey=args.prey),
-        make_vec(args.env_id, args.eval_episodes, args.observation, prey=args.prey),
-    )
+    envs = envs or make_vec(args.env_id, args.num_envs, args.observation, prey=args.prey)
+    eval_envs = make_vec(args.env_id, args.eval_episodes, args.observation, prey=args.prey)
     env = make_env(args.env_id, args.observation, prey=args.prey)
     try:
         agent, replay = OMAD(env, args, device), Replay(env, min(args.buffer_size, args.total_timesteps + args.num_envs), device)

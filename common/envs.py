@@ -68,6 +68,7 @@ class Task:
     horizon: int = 25  # steps of the longest episode
     opponents: Mapping[str, Opponent] = field(default_factory=dict)  # agents outside the team, and the script each follows
     own_state: bool = False  # the joint state is the environment's own, not all observations
+    terminates: bool = False  # an episode can end before its last step, by a fall
 
 
 # --- MPE ---
@@ -190,7 +191,8 @@ def _mamujoco(robot: str, partition: str) -> Task:
     parts = [len(part) for part in get_parts_and_edges(scenario, partition)[0]]
     share = f"{parts[0]} each" if len(set(parts)) == 1 else " + ".join(map(str, parts))
     description = f"{scenario}-v5, {sum(parts)} actuators shared by {len(parts)} agents ({share})"
-    return Task(make, description, gym.spec(f"{kind}-v5").max_episode_steps, own_state=True)
+    falls = kind in ("Ant", "Walker2d", "Hopper", "Humanoid")
+    return Task(make, description, gym.spec(f"{kind}-v5").max_episode_steps, own_state=True, terminates=falls)
 
 
 def list_tasks() -> list[str]:
