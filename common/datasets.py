@@ -106,10 +106,11 @@ class Dataset:
 def layout(env_id: str) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]], int]:
     """Shapes of a row in the files of a task, for the team and for the prey, by file name; and the number of agents in the team.
 
-    Raises `UnknownTask`.
+    In Multi-Agent MuJoCo the data decide how large an observation is: None stands for its size. Raises `UnknownTask`.
     """
     env = make_env(env_id)
-    sizes = list(zip(env.obs_sizes, env.action_sizes))
+    open_size = env_id.startswith("mamujoco_")
+    sizes = [(None if open_size else obs, action) for obs, action in zip(env.obs_sizes, env.action_sizes)]
     sizes += [(env.env.observation_space(name).shape[0], 2) for name in env.opponents]
     shapes = [
         {f"obs_{i}": (obs,), f"acs_{i}": (action,), f"rews_{i}": (), f"next_obs_{i}": (obs,), f"dones_{i}": ()}
@@ -191,22 +192,16 @@ class Writer:
     Args:
         folder: where the data set goes.
         env_id: its task.
+        shapes: its files, and the shape of a row in each (`layout`).
         transitions: T, its rows.
-        prey: with the prey's files, if the task has a prey.
         origin: what decides its contents; if another origin's rows are there, they are thrown away.
 
-    Attributes: `done`, how many parts of the work earlier calls have finished (`save`).
+    Attributes: `files`, the arrays to write to; `done`, how many parts of the work earlier calls have finished (`save`).
     """
 
-    def __init__(self, folder: Path, env_id: str, transitions: int, origin: dict, prey: bool = True):
-        self.folder, self.temporary, self.env_id, self.transitions = (
-            folder,
-            folder.with_name(f"{folder.name}.tmp"),
-            env_id,
-            transitions,
-        )
-        team, others, self.agents = layout(env_id)
-        shapes = team | (others if prey else {})
+    def __init__(self, folder: Path, env_id: str, shapes: dict[str, tuple[int, ...]], transitions: int, origin: dict):
+        self.folder, self.temporary = folder, folder.with_name(f"{folder.name}.tmp")
+        self.env_id, self.transitions, self.agents = env_id, transitions, layout(env_id)[2]
         origin = json.loads(json.dumps(origin))
         progress, self.done = self.temporary / "progress.json", 0
         try:
@@ -316,7 +311,8 @@ def _open_files(folder: Path, env_id: str, card: dict | None) -> tuple[dict[str,
         raise DataError(
             f"{folder}: no .npy files there" + (f", but the folders {', '.join(inside[:5])}: give one of these" if inside else "")
         )
-    missing = [name for name in wanted if name not in there and not name.startswith(("states", "next_states"))]
+    stateless = not any("states" in name for name in there)  # the joint state is all there or not at all
+    missing = [name for name in wanted if name not in there and not (stateless and "states" in name)]
     if missing:
         raise DataError(f"{folder}: {missing[0]}.npy is missing, which {env_id} with its {agents} agents needs; {_remedy(card)}")
     known = r"(obs|acs|rews|next_obs|dones|states|next_states)_\d+"
@@ -346,8 +342,12 @@ def _open(path: Path, shape: tuple[int, ...], card: dict | None) -> np.ndarray:
     numbers = "fbiu" if path.stem.startswith("dones") else "f"
     if array.dtype.kind not in numbers or array.dtype.kind == "f" and array.dtype.itemsize < 4:
         raise DataError(f"{path}: holds {array.dtype}, not float32; convert it with numpy.save(path, array.astype('float32'))")
-    if array.shape[1:] != shape or not len(array):
-        wanted = ", ".join(map(str, ("T", *shape)))
+    if (
+        len(array.shape[1:]) != len(shape)
+        or any(size not in (None, n) for size, n in zip(shape, array.shape[1:]))
+        or not len(array)
+    ):
+        wanted = ", ".join("any" if size is None else str(size) for size in ("T", *shape))
         raise DataError(
             f"{path}: has shape {list(array.shape)}, not [{wanted}]: another task's or agent's data, or other observations?"
         )
@@ -418,6 +418,8 @@ def _check_order(folder: Path, files: dict[str, np.ndarray], last: np.ndarray) -
         if not name.startswith(("obs_", "states_")):
             continue
         now, then = files[name], files[f"next_{name}"]
+        if now.shape != then.shape:
+            raise DataError(f"{folder}/next_{name}.npy: has shape {list(then.shape)}, but {name}.npy {list(now.shape)}")
         for start in range(0, len(now) - 1, ROWS):
             end = min(start + ROWS, len(now) - 1)
             wrong = np.abs(np.asarray(then[start:end]) - now[start + 1 : end + 1]).max(1) > 1e-3

@@ -241,7 +241,8 @@ def collect(options: Options) -> Path:
         "policies": {level: sha256(options.policies / f"{env_id}-{level}.json") for level in policies if load_behaviour(env_id, level, options.policies)},
         "args": dataclasses.asdict(args) if args else None,
     }  # fmt: skip
-    writer = Writer(folder, env_id, transitions, origin)
+    team, prey, _ = layout(env_id)
+    writer = Writer(folder, env_id, team | prey, transitions, origin)
     if writer.done:
         print(f"going on with the unfinished data set in {writer.temporary}")
     shares = relive(args, writer) if args else play(options, writer, split)
@@ -257,7 +258,7 @@ def collect(options: Options) -> Path:
     ]
     packages = ("torch", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "pettingzoo", "mpe2")
     card = writer.close({
-        "split": split, "seed": options.seed, "behaviour": shares, "prey": origin["prey"] if layout(env_id)[1] else None,
+        "split": split, "seed": options.seed, "behaviour": shares, "prey": origin["prey"] if prey else None,
         "command": shlex.join(words + (["--prey", options.prey] if options.prey else [])),
         "python": sys.version.split()[0], "packages": {name: importlib.metadata.version(name) for name in packages},
     })  # fmt: skip
