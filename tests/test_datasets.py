@@ -1,0 +1,762 @@
+"""Data sets: what collect.py makes, what the loader refuses, and the formats of others."""
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import behaviour
+import collect
+import convert
+import numpy as np
+import pytest
+import torch
+
+import omad
+from common.datasets import FOLDERS, SCORES, SPLITS, AgentArray, DataError, layout, load_dataset, split_episodes
+from common.envs import make_env, make_vec
+from conftest import ROOT
+
+TINY = dict(
+    total_timesteps=800, num_envs=4, eval_every=200, eval_episodes=3, learning_starts=80, batch_size=32, policy_hidden=16,
+    critic_hidden=16, denoising_steps=3,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def policies(tmp_path_factory):
+    """Behaviour policies that have learned nothing, for spread."""
+    folder = tmp_path_factory.mktemp("policies")
+    for seed, level in enumerate(("medium", "expert")):
+        args = dataclasses.replace(omad.preset("omar_simple_spread"), seed=7, **TINY)
+        torch.manual_seed(seed)
+        policy = behaviour.make_policy(make_env(args.env_id), args)
+        torch.save(policy.state_dict(), folder / f"{args.env_id}-{level}.pt")
+        about = {
+            "format": behaviour.FORMAT, "task": args.env_id, "level": level, "command": "python omad.py", "seed": 7, "steps": 800,
+            "return": {"mean": 0.0, "std": 0.0, "episodes": 1}, "git_revision": "none", "args": dataclasses.asdict(args),
+        }  # fmt: skip
+        (folder / f"{args.env_id}-{level}.json").write_text(json.dumps(about))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory, policies):
+    """made(name, transitions, seed=0, part="") -> the folder of that data set, made once."""
+    root, done = tmp_path_factory.mktemp("data"), {}
+
+    def make(name, transitions, seed=0, part=""):
+        key = (name, transitions, seed, part)
+        if key not in done:
+            out = root / f"{len(done)}"
+            done[key] = collect.collect(collect.Options(name, transitions, seed, out=out, policies=policies))
+        return done[key]
+
+    return make
+
+
+def arrays(folder):
+    return {path.stem: np.load(path) for path in sorted(folder.glob("*.npy"))}
+
+
+def sums(folder):
+    return json.loads((folder / "card.json").read_bytes())["files"]
+
+
+# --- what is made ---
+
+
+def test_a_data_set_is_laid_out_like_omars(made):
+    folder = made("omar_simple_spread-random", 1000, 3)
+    assert folder.parts[-3:] == ("simple_spread", "random", "seed_3_data")
+    files = arrays(folder)
+    assert set(files) == {f"{kind}_{i}" for kind in ("obs", "acs", "rews", "next_obs", "dones") for i in range(3)}
+    assert {name: array.shape for name, array in files.items() if name.endswith("1")} == {
+        "obs_1": (1000, 18), "acs_1": (1000, 2), "rews_1": (1000,), "next_obs_1": (1000, 18), "dones_1": (1000,)
+    }  # fmt: skip
+    assert {array.dtype for array in files.values()} == {np.dtype(np.float32)} and not files["dones_0"].any()
+    assert {path.name for path in folder.iterdir()} == {f"{name}.npy" for name in files} | {"card.json"}
+    assert not list(folder.parent.glob("*.tmp"))
+    tag = arrays(made("omar_simple_tag-random", 500))
+    assert tag["obs_3"].shape == (500, 14) and tag["obs_0"].shape == (500, 16) and tag["acs_3"].shape == (500, 2)
+    cheetah = made("omar_halfcheetah_2x3-random", 2000)
+    assert cheetah.parts[-3] == "HalfCheetah-v2" and arrays(cheetah)["states_1"].shape == (2000, 17)
+
+
+@pytest.mark.parametrize("env_id", FOLDERS)
+def test_rows_are_what_happens_in_the_environment(env_id, made):
+    """From the start state of an episode, the recorded actions lead through the recorded rows, in an environment of one copy."""
+    horizon = 1000 if "cheetah" in env_id else 25
+    files = arrays(made(f"{env_id}-random", 2 * horizon if "cheetah" in env_id else 500))
+    env = make_env(env_id)
+    first = horizon  # the second episode
+    if "cheetah" in env_id:
+        env.reset(seed=0)
+        robot = env.env.single_agent_env.unwrapped
+        state = files["states_0"][first]
+        robot.set_state(np.concatenate([[0.0], state[:8]]), state[8:])
+    else:
+        env.reset(seed=0)
+        world = env.env.unwrapped.world
+        obs = [files[f"obs_{i}"][first] for i in range(len(world.agents))]
+        for agent, seen in zip(world.agents, obs):
+            agent.state.p_vel, agent.state.p_pos = seen[:2].astype(float), seen[2:4].astype(float)
+        for k, landmark in enumerate(world.landmarks):
+            landmark.state.p_pos = (obs[0][2:4] + obs[0][4 + 2 * k : 6 + 2 * k]).astype(float)
+        for name in env.opponents:
+            env._opponent_obs[name] = env.env.unwrapped.observe(name)
+    for row in range(first, first + (25 if horizon == 25 else 10)):
+        actions = np.stack([files[f"acs_{i}"][row] for i in range(env.num_agents)])
+        obs, reward, terminated, _, info = env.step(actions)
+        for i in range(env.num_agents):
+            np.testing.assert_allclose(obs[i], files[f"next_obs_{i}"][row], atol=2e-3)
+            assert info["agent_rewards"][i] == pytest.approx(files[f"rews_{i}"][row], abs=2e-2)
+            assert files[f"dones_{i}"][row] == 0 == terminated
+        if env.opponents:
+            np.testing.assert_allclose(env.env.unwrapped.observe("agent_0"), files["next_obs_3"][row], atol=2e-3)
+
+
+def test_the_prey_s_rows(made):
+    files = arrays(made("omar_simple_tag-random", 500))
+    prey = make_env("omar_simple_tag").opponents["agent_0"]
+    np.testing.assert_allclose(files["acs_3"], prey(files["obs_3"]), atol=1e-6)
+    last = np.arange(500) % 25 == 24
+    np.testing.assert_array_equal(files["next_obs_3"][:-1][~last[:-1]], files["obs_3"][1:][~last[:-1]])
+    assert files["rews_3"].std() > 0 and not np.array_equal(files["rews_3"], files["rews_0"])
+
+
+def test_the_same_arguments_make_the_same_data(made, policies):
+    for name in ("omar_simple_spread-random", "omar_simple_spread-medium-expert", "omar_simple_spread-medium-replay"):
+        assert sums(made(name, 800, part="a")) == sums(made(name, 800, part="b"))
+        assert sums(made(name, 800)) != sums(made(name, 800, 1))
+    # A longer one of the same seed begins like it, where chunks have the same length.
+    short, long = (arrays(made("omar_simple_spread-random", n)) for n in (10_000, 20_000))
+    np.testing.assert_array_equal(short["obs_0"], long["obs_0"][:10_000])
+    assert not np.array_equal(long["acs_0"][:10_000], long["acs_0"][10_000:])
+
+
+def test_start_states_and_actions_are_not_correlated(made):
+    """One seed for both would give 152 instead of 160 in spread."""
+    files = arrays(made("omar_simple_spread-random", 50_000))
+    start = np.arange(0, 50_000, 25)
+    for i in range(3):
+        for j in range(3):
+            corr = np.corrcoef(np.hstack([files[f"obs_{i}"][start, 2:4], files[f"acs_{j}"][start]]).T)[:2, 2:]
+            assert np.abs(corr).max() < 0.1  # 2000 episodes: a standard deviation of 0.022
+    returns = load_dataset(str(made("omar_simple_spread-random", 50_000))).returns
+    assert abs(returns.mean() - 160) < 4 and abs(returns.std() - 60) < 3  # OMAR's data: 160 ± 60
+
+
+def test_mixed_splits_are_the_first_halves_of_two(made):
+    mixed, random, medium, expert = (
+        arrays(made(f"omar_simple_spread-{split}", n))
+        for split, n in (("random-medium", 1000), ("random", 500), ("medium", 500), ("expert", 500))
+    )
+    np.testing.assert_array_equal(mixed["acs_1"][:500], random["acs_1"])
+    np.testing.assert_array_equal(mixed["acs_1"][500:], medium["acs_1"])
+    assert not np.array_equal(medium["acs_1"], expert["acs_1"])
+    mixed = arrays(made("omar_simple_spread-medium-expert", 1000))
+    np.testing.assert_array_equal(mixed["next_obs_2"][500:], expert["next_obs_2"])
+    np.testing.assert_array_equal(mixed["next_obs_2"][:500], medium["next_obs_2"])
+
+
+def test_behaviour_policies_act_with_their_own_noise(policies):
+    keeper = behaviour.load_behaviour("omar_simple_spread", "medium", policies)
+    obs = make_vec("omar_simple_spread", 6).reset(seed=0)[0]
+    one, same, other = (keeper.act(torch.Generator().manual_seed(seed))(obs) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(one, same)
+    assert one.shape == (6, 3, 2) and not np.array_equal(one, other)
+
+
+def test_medium_replay_is_the_replay_of_the_training_run(made, policies, tmp_path):
+    """Its rows are those of a plain `omad.py` run of the same arguments, in another order: episode after episode."""
+    files = arrays(made("omar_simple_spread-medium-replay", 800))
+    args = dataclasses.replace(
+        omad.Args(**behaviour.load_behaviour("omar_simple_spread", "medium", policies).about["args"]), run_dir=str(tmp_path)
+    )
+    omad.train(args, None)
+    (run,) = tmp_path.iterdir()
+    replay = torch.load(run / "checkpoint.pt", weights_only=True)["replay"]["data"]
+    order = lambda rows: rows[np.lexsort(rows.T)]
+    ours = np.hstack([np.hstack([files[f"{kind}_{i}"] for kind in ("obs", "next_obs")]) for i in range(3)])
+    theirs = np.hstack([np.hstack([replay[kind][:, i].numpy() for kind in ("obs", "next_obs")]) for i in range(3)])
+    assert len(ours) == len(theirs) == 800
+    np.testing.assert_array_equal(order(ours), order(theirs))
+    np.testing.assert_allclose(
+        np.sort(replay["reward"].numpy()), np.sort(np.mean([files[f"rews_{i}"] for i in range(3)], 0)), rtol=1e-5
+    )
+    last = np.arange(800) % 25 == 24
+    np.testing.assert_array_equal(files["next_obs_0"][:-1][~last[:-1]], files["obs_0"][1:][~last[:-1]])
+    short = arrays(made("omar_simple_spread-medium-replay", 200))  # its first part
+    np.testing.assert_array_equal(short["acs_0"], files["acs_0"][:200])
+
+
+def interrupted(monkeypatch, owner, method, calls):
+    """Lets the user press Ctrl-C in the given call of a method."""
+    plain, count = getattr(owner, method), iter(range(1, 10**6))
+
+    def press(*args, **kwargs):
+        if next(count) == calls:
+            raise KeyboardInterrupt
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(owner, method, press)
+
+
+@pytest.mark.parametrize("split, calls", [("medium-expert", 2), ("medium-replay", 3)])
+def test_an_interrupted_command_goes_on_where_it_was(split, calls, made, policies, tmp_path, monkeypatch, capsys):
+    rows = 300_000 if split == "medium-expert" else 800
+    options = collect.Options(f"omar_simple_spread-{split}", rows, out=tmp_path, policies=policies)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        owner = collect.Writer if split == "medium-expert" else omad.Run
+        interrupted(patch, owner, "save" if split == "medium-expert" else "evaluate_and_save", calls)
+        collect.collect(options)
+    (part,) = tmp_path.glob(f"simple_spread/{split}/*")
+    assert part.name == "seed_0_data.tmp"
+    steps, play = [], collect.Recorder.step
+    monkeypatch.setattr(collect.Recorder, "step", lambda self, actions: steps.append(self.num_envs) or play(self, actions))
+    capsys.readouterr()
+    folder = collect.collect(options)
+    assert "going on" in capsys.readouterr().out and 0 < sum(steps) < rows  # not all over again
+    assert sums(folder) == sums(made(f"omar_simple_spread-{split}", rows))
+    assert not part.exists()
+
+
+def test_an_unfinished_data_set_of_other_arguments_is_not_gone_on_with(made, policies, tmp_path, monkeypatch):
+    options = collect.Options("omar_simple_spread-random", 300_000, out=tmp_path, policies=policies)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupted(patch, collect.Writer, "save", 2)
+        collect.collect(options)
+    folder = collect.collect(dataclasses.replace(options, transitions=1000))
+    assert sums(folder) == sums(made("omar_simple_spread-random", 1000))
+
+
+def test_a_killed_process_loses_nothing(made, tmp_path):
+    command = [
+        sys.executable,
+        str(ROOT / "datasets/collect.py"),
+        "--dataset",
+        "omar_simple_world-random",
+        "--transitions",
+        "400000",
+    ]
+    process = subprocess.Popen([*command, "--out", str(tmp_path)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    part = tmp_path / "simple_world/random/seed_0_data.tmp/progress.json"
+    deadline = time.time() + 120
+    while not part.exists() and process.poll() is None and time.time() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert part.exists(), "it was done before it could be killed"
+    collect.collect(collect.Options("omar_simple_world-random", 400_000, out=tmp_path))
+    assert sums(tmp_path / "simple_world/random/seed_0_data") == sums(made("omar_simple_world-random", 400_000))
+
+
+def test_the_card(made):
+    folder = made("omar_simple_spread-medium-expert", 1000, 2)
+    card, files = json.loads((folder / "card.json").read_bytes()), arrays(folder)
+    team = np.mean([files[f"rews_{i}"] for i in range(3)], 0).reshape(-1, 25).sum(1)
+    assert card["return"] == {key: pytest.approx(value, abs=1e-2) for key, value in
+                              dict(mean=team.mean(), std=team.std(), min=team.min(), max=team.max()).items()}  # fmt: skip
+    assert (card["task"], card["split"], card["seed"], card["transitions"], card["episodes"]) == (
+        "omar_simple_spread", "medium-expert", 2, 1000, 40
+    )  # fmt: skip
+    assert [part["level"] for part in card["behaviour"]] == ["medium", "expert"] and sum(card["histogram"]["counts"]) == 40
+    assert card["behaviour"][0]["policy"]["command"] == "python omad.py" and card["packages"]["torch"] == torch.__version__
+    assert card["files"]["acs_2.npy"] == hashlib.sha256((folder / "acs_2.npy").read_bytes()).hexdigest()
+    assert "terminations" in card["dones"] and card["command"].startswith(
+        "python datasets/collect.py --dataset omar_simple_spread-medium"
+    )
+    assert json.loads((made("omar_simple_tag-random", 500) / "card.json").read_bytes())["prey"] == "the project's own"
+
+
+@pytest.mark.parametrize(
+    "argv, reason",
+    [
+        (["--dataset", "omar_simple_spred-medium"], "did you mean omar_simple_spread-medium"),
+        (["--dataset", "omar_simple_spread"], "did you mean"),
+        (["--dataset", "omar_simple_spread-random", "--transitions", "110"], "must be a multiple of 25"),
+        (["--dataset", "omar_halfcheetah_2x3-random", "--transitions", "2500"], "must be a multiple of 1000"),
+        (["--dataset", "omar_simple_spread-random-medium", "--transitions", "25"], "two halves need two episodes"),
+        (["--dataset", "omar_simple_spread-random", "--seed", "-1"], "--seed -1 must be at least 0"),
+        (["--dataset", "omar_simple_spread-random", "--prey", "prey.pt"], "has no prey"),
+        (["--dataset", "omar_simple_tag-random", "--prey", "nowhere.pt"], "nowhere.pt: there is no such file"),
+        (["--dataset", "omar_simple_tag-medium", "--transitions", "500"], "no such behaviour policy"),
+    ],
+)
+def test_collect_refuses_in_one_line(argv, reason, tmp_path, policies, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["collect.py", *argv, "--out", str(tmp_path), "--policies", str(policies)])
+    assert collect.main() == 2
+    out, err = capsys.readouterr()
+    assert reason in err and len(err.splitlines()) == 1 and not out and not list(tmp_path.iterdir())
+
+
+def test_collect_does_not_replace_a_data_set(made, policies, monkeypatch, capsys):
+    folder = made("omar_simple_spread-random", 1000, 3)
+    monkeypatch.setattr(
+        sys, "argv", ["collect.py", "--dataset", "omar_simple_spread-random", "--seed", "3", "--out", str(folder.parents[2])]
+    )
+    assert collect.main() == 2 and "there is a data set already" in capsys.readouterr().err
+
+
+# --- what is read ---
+
+
+def test_load_dataset(made):
+    folder = made("omar_simple_spread-medium-expert", 1000, 2)
+    data, files = load_dataset(str(folder)), arrays(folder)
+    for name, kind in (("obs", "obs"), ("actions", "acs"), ("rewards", "rews"), ("next_obs", "next_obs")):
+        array = getattr(data, name)
+        want = np.stack([files[f"{kind}_{i}"] for i in range(3)], 1)
+        assert array.shape == want.shape and all(isinstance(part, np.memmap) for part in array.parts)
+        np.testing.assert_array_equal(np.asarray(array), want)
+        rows = np.array([5, 999, 5, 0])
+        np.testing.assert_array_equal(array[rows], want[rows])
+        np.testing.assert_array_equal(array[7], want[7])
+        np.testing.assert_array_equal(array[-3:], want[-3:])
+    assert data.env_id == "omar_simple_spread" and data.state is None and data.next_known.all()
+    np.testing.assert_array_equal(data.episodes, [(first, first + 25) for first in range(0, 1000, 25)])
+    assert not data.terminations.any() and np.flatnonzero(data.truncations).tolist() == list(range(24, 1000, 25))
+    np.testing.assert_allclose(data.returns, np.asarray(data.rewards).mean(1).reshape(-1, 25).sum(1), rtol=1e-5)
+    cheetah = load_dataset(str(made("omar_halfcheetah_2x3-random", 2000)))
+    assert cheetah.state.shape == cheetah.next_state.shape == (2000, 1, 17) and cheetah.episodes.tolist() == [
+        [0, 1000],
+        [1000, 2000],
+    ]
+
+
+def test_a_data_set_is_found_by_its_name(made, monkeypatch):
+    folder = made("omar_simple_spread-random", 1000)
+    monkeypatch.setattr("common.datasets.DATA", folder.parents[2])
+    monkeypatch.setattr("common.datasets.data_folder.__defaults__", (0, folder.parents[2]))
+    assert load_dataset("omar_simple_spread-random").folder == folder
+    with pytest.raises(DataError, match="make it with: python datasets/collect.py --dataset omar_simple_spread-expert"):
+        load_dataset("omar_simple_spread-expert")
+
+
+def test_a_fraction_is_of_whole_episodes(made):
+    folder = str(made("omar_simple_spread-random", 1000))
+    whole, part = load_dataset(folder), load_dataset(folder, 0.3, seed=5)
+    assert (
+        len(part.returns) == 12
+        and len(part.obs) == len(part.terminations) == 300
+        and part.episodes.tolist() == [[25 * k, 25 * k + 25] for k in range(12)]
+    )
+    kept = [int(np.flatnonzero(whole.returns == value)[0]) for value in part.returns]
+    assert kept == sorted(set(kept)) and kept != list(range(12))
+    for (first, end), k in zip(part.episodes, kept):
+        for name in ("obs", "actions", "rewards", "next_obs"):
+            np.testing.assert_array_equal(getattr(part, name)[first:end], getattr(whole, name)[25 * k : 25 * k + 25])
+    assert part.truncations.sum() == 12
+    np.testing.assert_array_equal(load_dataset(folder, 0.3, seed=5).returns, part.returns)
+    assert not np.array_equal(load_dataset(folder, 0.3, seed=6).returns, part.returns)
+    assert len(load_dataset(folder, 1e-6).returns) == 1
+    for fraction in (0.0, -0.5, 1.01, float("nan")):
+        with pytest.raises(DataError, match="must be above 0 and at most 1"):
+            load_dataset(folder, fraction)
+
+
+def test_scores_normalise_to_0_and_100(made):
+    data = load_dataset(str(made("omar_simple_spread-random", 1000)))
+    assert set(SCORES) == set(FOLDERS) and data.normalized(159.8) == 0 and data.normalized(516.8) == pytest.approx(100)
+    for env_id, (low, high) in SCORES.items():
+        same = dataclasses.replace(data, env_id=env_id)
+        np.testing.assert_allclose(same.normalized(np.array([low, high, 2 * high - low])), [0, 100, 200])
+    with pytest.raises(DataError, match="no published scores"):
+        dataclasses.replace(data, env_id="mpe_simple_spread").normalized(0.0)
+
+
+def foreign(folder, root, name="simple_spread/medium/seed_0_data"):
+    """The arrays of a data set in a folder laid out exactly like OMAR's: no card."""
+    path = root / name
+    shutil.copytree(folder, path)
+    (path / "card.json").unlink()
+    return path
+
+
+def test_a_folder_of_omars_loads(made, tmp_path):
+    for task, env_id, rows in (("simple_spread", "omar_simple_spread", 1000), ("simple_tag", "omar_simple_tag", 500),
+                               ("HalfCheetah-v2", "omar_halfcheetah_2x3", 2000)):  # fmt: skip
+        path = foreign(made(f"{env_id}-random", rows), tmp_path, f"{task}/random/seed_0_data")
+        for name, array in arrays(path).items():
+            if name.startswith("dones"):
+                np.save(path / f"{name}.npy", array.astype(bool))  # other writers' dtypes
+            elif name.startswith("rews"):
+                np.save(path / f"{name}.npy", array.astype(np.float64))
+        data = load_dataset(str(path))
+        assert data.env_id == env_id and len(data.obs) == rows and data.card is None and data.next_known.all()
+    path = foreign(made("omar_simple_tag-random", 500), tmp_path, "elsewhere")
+    for old in path.glob("*_3.npy"):
+        old.unlink()  # without the prey
+    assert load_dataset(str(path), env_id="omar_simple_tag").env_id == "omar_simple_tag"
+    dones = np.zeros(500, np.float32)
+    dones[24::25] = 1  # some mark the time limit: that is no termination
+    for i in range(3):
+        np.save(path / f"dones_{i}.npy", dones)
+    data = load_dataset(str(path), env_id="omar_simple_tag")
+    assert not data.terminations.any() and data.truncations.sum() == 20
+
+
+def change(name, function):
+    def damage(folder):
+        path = folder / f"{name}.npy"
+        np.save(path, function(np.load(path)), allow_pickle=True)
+
+    return damage
+
+
+def put(name, row, value):
+    def function(array):
+        array[row] = value
+        return array
+
+    return change(name, function)
+
+
+def exchange(*kinds, a=0, b=1):
+    def damage(folder):
+        for kind in kinds:
+            one, two = folder / f"{kind}_{a}.npy", folder / f"{kind}_{b}.npy"
+            one.rename(folder / "x"), two.rename(one), (folder / "x").rename(two)
+
+    return damage
+
+
+def every(function):
+    def damage(folder):
+        for name in arrays(folder):
+            change(name, function)(folder)
+
+    return damage
+
+
+def tag_instead(folder):
+    tag = folder.parents[2] / "tag"
+    for path in folder.glob("*.npy"):
+        path.unlink()
+    for path in tag.glob("*.npy"):
+        shutil.copy(path, folder)
+
+
+def add_agent(folder):
+    for kind in ("obs", "acs", "rews", "next_obs", "dones"):
+        shutil.copy(folder / f"{kind}_2.npy", folder / f"{kind}_3.npy")
+
+
+def edit(**values):
+    def damage(folder):
+        card = json.loads((folder / "card.json").read_bytes())
+        (folder / "card.json").write_text(json.dumps(card | values))
+
+    return damage
+
+
+def pickled(folder):
+    (folder / "obs_0.npy").write_bytes(pickle.dumps(np.zeros(3)))
+
+
+def cut(folder):
+    path = folder / "next_obs_1.npy"
+    os.truncate(path, path.stat().st_size - 1000)
+
+
+FOREIGN = {  # what happens to the files of a folder without card -> what the message says
+    "a missing file": (lambda f: (f / "acs_1.npy").unlink(), ["acs_1.npy is missing", "3 agents", "get the data again"]),
+    "a short file": (change("obs_2", lambda a: a[:-25]), ["obs_2.npy has 975 rows", "1,000"]),
+    "all files short": (every(lambda a: a[:-7]), ["993 rows", "25 steps"]),
+    "a file cut short": (cut, ["next_obs_1.npy: cut short"]),
+    "an empty file": (lambda f: (f / "rews_0.npy").write_bytes(b""), ["rews_0.npy: cut short, or not a .npy file"]),
+    "a text file": (lambda f: (f / "rews_0.npy").write_text("1.0\n2.0\n"), ["rews_0.npy", "not a .npy file"]),
+    "a pickle": (pickled, ["obs_0.npy", "not a .npy file"]),
+    "an object array": (change("obs_0", lambda a: a.astype(object)), ["obs_0.npy: holds Python objects", "could run code"]),
+    "whole numbers": (change("obs_1", lambda a: a.astype(int)), ["obs_1.npy: holds int64, not float32", "astype"]),
+    "half precision": (change("acs_1", lambda a: a.astype(np.float16)), ["acs_1.npy: holds float16"]),
+    "not a number": (put("obs_1", (417, 3), np.nan), ["obs_1.npy, row 417, number 3: nan is not finite"]),
+    "an infinite reward": (put("rews_2", 8, np.inf), ["rews_2.npy, row 8: inf is not finite"]),
+    "a wild action": (put("acs_0", (3, 1), 1.7), ["acs_0.npy, row 3, number 1: 1.7", "outside [-1, 1]"]),
+    "a strange mark": (put("dones_0", 30, 2), ["dones_0.npy, row 30: 2.0 is neither 0 nor 1"]),
+    "an end in the middle": (lambda f: [put(f"dones_{i}", 30, 1)(f) for i in range(3)], ["dones_0.npy, row 30", "25 steps"]),
+    "an end for one agent": (put("dones_1", 24, 1), ["dones_1.npy, row 24", "whole team"]),
+    "exchanged observations": (exchange("obs", "next_obs", b=2), ["sees agent", "exchanged"]),
+    "exchanged observations of neighbours": (exchange("obs", "next_obs"), ["acs_0.npy: agent 0 moves as acs_1.npy says"]),
+    "exchanged actions": (exchange("acs", a=1, b=2), ["acs_1.npy: agent 1 moves as acs_2.npy says"]),
+    "exchanged next observations": (exchange("next_obs"), ["next_obs_0.npy, row 0", "obs_0.npy", "exchanged"]),
+    "shuffled rows": (every(lambda a: a[np.random.default_rng(0).permutation(1000)]), ["Shuffled", "row"]),
+    "a lost row": (every(lambda a: np.delete(a, [30, *range(976, 1000)], 0)), ["next_obs_0.npy, row 29"]),
+    "a lost first row": (every(lambda a: a[[*range(1, 976)]]), ["next_obs_0.npy, row 23"]),
+    "another start": (lambda f: [put(f"obs_{i}", (50, 0), 0.3)(f) for i in range(3)], ["obs_0.npy, row 50", "starts in motion"]),
+    "another task": (tag_instead, ["another task's data?"]),
+    "one agent more": (add_agent, ["_3.npy does not belong to omar_simple_spread, which has 3 agents"]),
+    "a column of rewards": (change("rews_1", lambda a: a[:, None]), ["rews_1.npy: has shape [1000, 1], not [T]"]),
+    "a table turned round": (change("obs_0", lambda a: a.T), ["obs_0.npy: has shape [18, 1000], not [T, 18]"]),
+    "no rows": (every(lambda a: a[:0]), ["has shape [0"]),
+    "nothing there": (lambda f: [p.unlink() for p in f.glob("*.npy")], ["no .npy files"]),
+}  # fmt: skip
+CARDED = {
+    "a changed number": (put("rews_1", 500, 3.25), ["rews_1.npy: not the file that its card.json describes", "sha256", "collect.py"]),
+    "all agents exchanged": (exchange("obs", "next_obs", "acs", "rews", "dones"), ["sees agent 0 where", "exchanged"]),
+    "a broken card": (lambda f: (f / "card.json").write_text("{"), ["card.json: not a card"]),
+    "a list for a card": (lambda f: (f / "card.json").write_text("[1]"), ["card.json: not a card"]),
+    "a card of another format": (edit(format="omar-npy-99"), ["card.json: not a card of format", "omar-npy-99"]),
+    "a card of other rows": (edit(transitions=2000), ["1,000 rows, but its card says 2,000", "collect.py"]),
+    "a card of another task": (edit(task="omar_simple_tag"), ["has shape [1000, 18], not [T, 16]", "another task's"]),
+    "a card of no task": (edit(task="omar_simple_tug"), ["unknown task 'omar_simple_tug'"]),
+    "a card without sums": (edit(files={}), ["not the file that its card.json describes"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_damage_is_named(kind, made, tmp_path):
+    shutil.copytree(made("omar_simple_tag-random", 500), tmp_path / "tag")
+    folder = foreign(made("omar_simple_spread-random", 1000), tmp_path)
+    load_dataset(str(folder))
+    damage, words = FOREIGN[kind]
+    damage(folder)
+    with pytest.raises(DataError) as caught:
+        load_dataset(str(folder))
+    message = str(caught.value)
+    assert all(word in message for word in words) and str(folder) in message and len(message.splitlines()) == 1, message
+
+
+@pytest.mark.parametrize("kind", CARDED)
+def test_damage_is_named_by_the_card(kind, made, tmp_path):
+    folder = tmp_path / "data"
+    shutil.copytree(made("omar_simple_spread-random", 1000), folder)
+    damage, words = CARDED[kind]
+    damage(folder)
+    with pytest.raises(DataError) as caught:
+        load_dataset(str(folder))
+    message = str(caught.value)
+    assert all(word in message for word in words) and str(folder) in message and len(message.splitlines()) == 1, message
+
+
+def test_other_things_that_are_not_there(made, tmp_path):
+    tag, cheetah = made("omar_simple_tag-random", 500), made("omar_halfcheetah_2x3-random", 2000)
+    path = foreign(tag, tmp_path, "simple_tag/random/seed_0_data")
+    (path / "acs_3.npy").unlink()  # the prey is there, but not whole
+    with pytest.raises(DataError, match="acs_3.npy is missing"):
+        load_dataset(str(path))
+    path = foreign(cheetah, tmp_path, "HalfCheetah-v2/random/seed_0_data")
+    (path / "next_states_1.npy").unlink()
+    with pytest.raises(DataError, match="next_states_1.npy is missing"):
+        load_dataset(str(path))
+    path = foreign(tag, tmp_path, "mystery")
+    with pytest.raises(DataError, match="say it with --env-id"):
+        load_dataset(str(path))
+    with pytest.raises(DataError, match="unknown task 'omar_simple_tugs'"):
+        load_dataset(str(path), env_id="omar_simple_tugs")
+    with pytest.raises(DataError, match="its card says omar_simple_tag, not omar_simple_spread"):
+        load_dataset(str(tag), env_id="omar_simple_spread")
+    with pytest.raises(DataError, match="no .npy files there, but the folders seed_0_data: give one of these"):
+        load_dataset(str(tag.parent))
+    with pytest.raises(DataError, match="there is no such folder"):
+        load_dataset(str(tmp_path / "nowhere"))
+    with pytest.raises(DataError, match="did you mean omar_simple_spread-medium"):
+        load_dataset("omar_simple_spread-mdium")
+
+
+def test_nothing_in_a_file_is_executed(made, tmp_path):
+    folder = foreign(made("omar_simple_spread-random", 1000), tmp_path)
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    np.save(folder / "obs_0.npy", np.array([Evil()]), allow_pickle=True)
+    with pytest.raises(DataError, match="Python objects"):
+        load_dataset(str(folder))
+    assert not (tmp_path / "executed").exists()
+
+
+def test_agents_of_different_sizes_are_padded():
+    array = AgentArray([np.ones((4, 2), np.float32), np.full((4, 3), 2.0)])
+    assert array.shape == (4, 2, 3) and array[1].tolist() == [[1, 1, 0], [2, 2, 2]] and array[:2].shape == (2, 2, 3)
+
+
+def test_episodes_that_can_end_early():
+    dones = np.zeros(2600, bool)
+    dones[[99, 1199, 1200]] = True
+    want = [[0, 100], [100, 1100], [1100, 1200], [1200, 1201], [1201, 2201], [2201, 2600]]
+    assert split_episodes("mamujoco_ant_2x4", dones).tolist() == want
+    assert split_episodes("omar_simple_spread", np.zeros(75, bool)).tolist() == [[0, 25], [25, 50], [50, 75]]
+
+
+# --- formats of others ---
+
+needs_tensorstore = pytest.mark.skipif(not importlib.util.find_spec("tensorstore"), reason="needs the package tensorstore")
+
+
+def converted(monkeypatch, capsys, *argv):
+    monkeypatch.setattr(sys, "argv", ["convert.py", *map(str, argv)])
+    code = convert.main()
+    return code, *capsys.readouterr()
+
+
+@needs_tensorstore
+@pytest.mark.parametrize("name, rows", [("omar_simple_spread-random", 1000), ("omar_simple_tag-random", 500), ("omar_halfcheetah_2x3-random", 2000)])  # fmt: skip
+def test_to_a_vault_and_back(name, rows, made, tmp_path, monkeypatch, capsys):
+    folder, vault, back = made(name, rows), tmp_path / "some.vlt" / "Random", tmp_path / "back"
+    assert converted(monkeypatch, capsys, "to-vault", folder, "--out", vault)[0] == 0
+    metadata = json.loads((vault / "metadata.json").read_bytes())
+    obs, _ = layout(name.partition("-")[0])[:2]
+    agents = {"omar_simple_spread": 3, "omar_simple_tag": 4, "omar_halfcheetah_2x3": 2}[name.partition("-")[0]]
+    assert metadata["structure_shape"]["observations"] == str((1, rows, agents, obs["obs_0"][0])) and metadata["version"] == 1.2
+    assert metadata["structure_dtype"]["terminals"] == "bool" and "state" in metadata["structure_shape"]["infos"]
+    assert int(convert.store(vault, "vault_index").read().result()[0]) == rows
+    seen = convert.store(vault, "observations.")[0, :rows].read().result()
+    if agents == 4:
+        assert np.isneginf(seen[:, 3, 14:]).all()  # the prey sees less
+    assert converted(monkeypatch, capsys, "from-vault", vault, "--env-id", name.partition("-")[0], "--out", back)[0] == 0
+    before, after = arrays(folder), arrays(back)
+    assert set(before) == set(after)
+    horizon = 1000 if "cheetah" in name else 25
+    last = np.arange(rows) % horizon == horizon - 1
+    for key, array in before.items():
+        if key.startswith("next_"):
+            np.testing.assert_array_equal(after[key][~last], array[~last])
+            np.testing.assert_array_equal(after[key][last], after[key.removeprefix("next_")][last])
+        else:
+            np.testing.assert_array_equal(after[key], array)
+    data = load_dataset(str(back))
+    np.testing.assert_array_equal(data.next_known, ~last)
+    code, _, err = converted(monkeypatch, capsys, "from-vault", vault, "--env-id", "omar_simple_world", "--out", tmp_path / "wrong")
+    assert code == 2 and len(err.splitlines()) == 1 and not (tmp_path / "wrong").exists()
+
+
+def test_without_tensorstore_vaults_are_refused_in_one_line(made, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tensorstore", None)
+    folder = made("omar_simple_spread-random", 1000)
+    for argv in (["to-vault", folder], ["from-vault", tmp_path, "--env-id", "omar_simple_spread"]):
+        code, out, err = converted(monkeypatch, capsys, *argv, "--out", tmp_path / "new")
+        assert code == 2 and err == "convert.py: error: vaults need the package tensorstore: pip install tensorstore\n" and not out
+    assert not (tmp_path / "new").exists()
+
+
+@needs_tensorstore
+def test_what_is_no_vault_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
+    for content in (None, "{", '{"version": 1.2}', '{"version": 7.0, "structure_shape": {}}'):
+        if content:
+            (tmp_path / "metadata.json").write_text(content)
+        code, _, err = converted(
+            monkeypatch, capsys, "from-vault", tmp_path, "--env-id", "omar_simple_spread", "--out", tmp_path / "new"
+        )
+        assert code == 2 and len(err.splitlines()) == 1 and str(tmp_path) in err and not (tmp_path / "new").exists()
+
+
+def madiff(folder, lengths, agents=2, size=13, actions=3):
+    """Data as MADiff keeps them."""
+    rows, rng = sum(lengths), np.random.default_rng(0)
+    obs = np.concatenate([np.tile(np.eye(agents), (rows, 1, 1)), rng.normal(size=(rows, agents, size))], 2).astype(np.float32)
+    folder.mkdir(exist_ok=True)
+    np.save(folder / "obs.npy", obs), np.save(folder / "path_lengths.npy", np.array(lengths))
+    np.save(folder / "actions.npy", rng.uniform(-1, 1, (rows, agents, actions)).astype(np.float32))
+    np.save(folder / "rewards.npy", np.repeat(rng.normal(size=(rows, 1, 1)), agents, 1).astype(np.float32))
+    return obs
+
+
+def test_from_madiff(tmp_path, monkeypatch, capsys):
+    obs = madiff(tmp_path / "theirs", [1000, 1000])
+    new = tmp_path / "cheetah"
+    code, out, err = converted(
+        monkeypatch, capsys, "from-madiff", tmp_path / "theirs", "--env-id", "mamujoco_halfcheetah_2x3", "--out", new
+    )
+    assert code == 0, err
+    data = load_dataset(str(new))
+    np.testing.assert_array_equal(np.asarray(data.obs), obs[:, :, 2:])
+    np.testing.assert_array_equal(data.actions[:], np.load(tmp_path / "theirs/actions.npy"))
+    np.testing.assert_array_equal(data.rewards[:], np.load(tmp_path / "theirs/rewards.npy")[:, :, 0])
+    assert data.episodes.tolist() == [[0, 1000], [1000, 2000]] and np.flatnonzero(~data.next_known).tolist() == [999, 1999]
+    madiff(tmp_path / "ants", [1000, 37, 411], actions=4)  # an ant can fall
+    code, _, err = converted(
+        monkeypatch, capsys, "from-madiff", tmp_path / "ants", "--env-id", "mamujoco_ant_2x4", "--out", tmp_path / "ant"
+    )
+    assert code == 0, err
+    data = load_dataset(str(tmp_path / "ant"))
+    assert data.episodes.tolist() == [[0, 1000], [1000, 1037], [1037, 1448]]
+    assert np.flatnonzero(data.terminations).tolist() == [1036, 1447] and np.flatnonzero(data.truncations).tolist() == [999]
+    assert np.flatnonzero(~data.next_known).tolist() == [999]
+
+
+@pytest.mark.parametrize(
+    "lengths, extra, reason",
+    [
+        ([1000, 500], {}, "path_lengths.npy: episodes of 500 to 1000 steps"),
+        ([1500], {}, "episodes of 1500"),
+        ([1000], dict(agents=3), "has 3 agents"),
+        ([1000], dict(actions=2), "2 actions"),
+        ([1000], dict(damage="one-hot"), "do not begin with the agent's number"),
+        ([1000], dict(damage="nan"), "not finite"),
+        ([1000], dict(damage="missing"), "no data of MADiff there"),
+    ],
+)
+def test_bad_files_of_madiff_are_refused_in_one_line(lengths, extra, reason, tmp_path, monkeypatch, capsys):
+    damage = extra.pop("damage", "") if extra else ""
+    obs, folder = madiff(tmp_path / "theirs", lengths, **extra), tmp_path / "theirs"
+    if damage == "one-hot":
+        np.save(folder / "obs.npy", obs[:, ::-1])
+    elif damage == "nan":
+        obs[70, 1, 5] = np.nan
+        np.save(folder / "obs.npy", obs)
+    elif damage == "missing":
+        (folder / "actions.npy").unlink()
+    code, _, err = converted(
+        monkeypatch, capsys, "from-madiff", folder, "--env-id", "mamujoco_halfcheetah_2x3", "--out", tmp_path / "new"
+    )
+    assert code == 2 and reason in err and len(err.splitlines()) == 1 and not (tmp_path / "new").exists()
+
+
+# --- behaviour policies ---
+
+
+def test_a_run_becomes_a_behaviour_policy(tmp_path, monkeypatch, capsys):
+    args = dataclasses.replace(omad.preset("omar_simple_tag"), run_dir=str(tmp_path / "runs"), seed=4, **TINY)
+    omad.train(args, None)
+    (run,) = (tmp_path / "runs").iterdir()
+    monkeypatch.setattr(sys, "argv", ["behaviour.py", str(run), "--level", "medium", "--episodes", "20", "--out", str(tmp_path)])
+    assert behaviour.main() == 0
+    kept = behaviour.load_behaviour("omar_simple_tag", "medium", tmp_path)
+    saved = torch.load(run / "checkpoint.pt", weights_only=True)["agent"]
+    assert all(torch.equal(value, saved[f"policy.{name}"]) for name, value in kept.policy.state_dict().items())
+    about = kept.about
+    assert (
+        about["seed"] == 4
+        and about["steps"] == 800
+        and about["return"]["episodes"] == 20
+        and "total-timesteps 800" in about["command"]
+    )
+    assert "--policy-hidden 16" in about["command"] and "--run-dir" not in about["command"] and "--gamma" not in about["command"]
+    with contextlib.redirect_stderr(None):
+        assert omad.parse(about["command"].split()[2:])[0] == dataclasses.replace(args, run_dir="runs")  # the command is the run
+    vec = make_vec("omar_simple_tag", 20)
+    obs, info = vec.reset(seed=omad.mix_seed(2000, 0))
+    act = kept.act(torch.Generator().manual_seed(omad.mix_seed(2000, 0)))
+    for _ in range(25):
+        obs, _, _, _, info = vec.step(act(obs))
+    assert info["episode"]["r"].mean() == pytest.approx(about["return"]["mean"], abs=0.01)
+
+
+def test_bad_behaviour_policies_are_refused(policies, tmp_path):
+    for path in policies.iterdir():
+        shutil.copy(path, tmp_path)
+    name = tmp_path / "omar_simple_spread-medium"
+    behaviour.load_behaviour("omar_simple_spread", "medium", tmp_path)
+    name.with_suffix(".pt").write_bytes(b"")
+    with pytest.raises(behaviour.BehaviourError, match="no behaviour policy of this version"):
+        behaviour.load_behaviour("omar_simple_spread", "medium", tmp_path)
+    name.with_suffix(".json").write_text(name.with_suffix(".json").read_text().replace(behaviour.FORMAT, "other-9"))
+    with pytest.raises(behaviour.BehaviourError, match="other-9"):
+        behaviour.load_behaviour("omar_simple_spread", "medium", tmp_path)
+    with pytest.raises(behaviour.BehaviourError, match="no such behaviour policy"):
+        behaviour.load_behaviour("omar_simple_world", "medium", tmp_path)
+
+
+def test_all_splits_of_all_tasks_have_a_name():
+    assert len(SPLITS) == 6 and {*collect.LEVELS, "medium-replay"} == set(SPLITS)
