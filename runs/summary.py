@@ -10,8 +10,10 @@ time and steps until its first evaluation at or above the task's threshold.
 """
 
 import csv
+import dataclasses
 import json
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +23,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import omad
 
 THRESHOLDS = {  # levels whose first reaching is timed: HARL's HATD3 at 200k steps; HATD3's published curves at 3M steps
     "mpe_simple_spread": -13.0,
@@ -57,8 +62,12 @@ def read(folder: Path) -> list[Result]:
         fresh = path.parent / "fresh.txt"
         value = float(re.search(r"return (\S+) ±", fresh.read_text())[1]) if fresh.exists() else np.nan
         args = json.loads((path.parent / "config.json").read_text())["args"]
+        args = dataclasses.asdict(omad.Args(**args))  # flags that came after the run have their defaults
         results.append(Result(args, {key: np.array([float(row[key]) for row in rows]) for key in rows[0]}, value))
-    same = {json.dumps({key: value for key, value in result.args.items() if key not in ("seed", "run_dir")}) for result in results}
+    same = {
+        json.dumps({key: value for key, value in result.args.items() if key not in ("seed", "run_dir", "resume")})
+        for result in results
+    }
     seeds = [result.args["seed"] for result in results]
     if len(same) > 1 or len(set(seeds)) < len(seeds):
         raise SystemExit(f"{folder}: the runs differ in more than their seeds, or a seed is there twice")

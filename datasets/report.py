@@ -1,0 +1,107 @@
+"""The table and the picture of datasets/README.md, from the cards of data sets.
+
+python datasets/report.py                     # from the cards in datasets/cards
+python datasets/report.py --data datasets/data   # first copies there the cards of all data sets in that folder
+"""
+
+import json
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import tyro
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from common.datasets import FOLDERS, SCORES, SPLITS
+
+HERE = Path(__file__).parent
+OMAR = {  # return mean, std, transitions of OMAR's data (arXiv 2111.11188); of random-medium and medium-expert nothing is published
+    "omar_simple_spread": {"random": (160, 60, 10**6), "medium-replay": (204, 80, 97_500), "medium": (273, 92, 10**6), "expert": (531, 71, 10**6)},
+    "omar_simple_tag": {"random": (-4.1, 10.8, 10**6), "medium-replay": (3.9, 20.3, 62_500), "medium": (116, 59, 10**6), "expert": (208, 78, 10**6)},
+    "omar_simple_world": {"random": (-6.8, 5.7, 10**6), "medium-replay": (1.2, 13.5, 80_000), "medium": (65.9, 29.6, 10**6), "expert": (85.2, 31.1, 10**6)},
+    "omar_halfcheetah_2x3": {"random": (-283, 78, 10**6), "medium-replay": (423, 656, 460_000), "medium": (1569, 273, 10**6), "expert": (3339, 253, 10**6)},
+}  # fmt: skip
+BEGIN, END = "<!-- table of datasets/report.py -->", "<!-- end of the table -->"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Table and picture of the data sets."""
+
+    data: Path | None = None
+    """folder whose data sets' cards are copied to datasets/cards first"""
+
+
+def number(value: float) -> str:
+    return f"{value:,.1f}" if abs(value) < 100 else f"{value:,.0f}"
+
+
+def table(cards: dict[str, dict]) -> str:
+    lines = [
+        "| data set | transitions | return: mean ± std | smallest … largest | normalised | OMAR's: mean ± std | OMAR's transitions |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, card in cards.items():
+        env_id, split = card["task"], card["split"]
+        low, high = SCORES[env_id]
+        result, theirs = card["return"], OMAR[env_id].get(split)
+        cells = [
+            f"`{name}`", f"{card['transitions']:,}", f"{number(result['mean'])} ± {number(result['std'])}",
+            f"{number(result['min'])} … {number(result['max'])}", f"{100 * (result['mean'] - low) / (high - low):.0f}",
+            f"{number(theirs[0])} ± {number(theirs[1])}" if theirs else "–", f"{theirs[2]:,}" if theirs else "–",
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines).replace("-0.0 ", "0.0 ").replace("| -", "| −")
+
+
+def draw(cards: dict[str, dict], path: Path) -> None:
+    """A row for each task, a small histogram of episode returns for each split, with the mean of OMAR's data as a line."""
+    tasks = [env_id for env_id in FOLDERS if any(card["task"] == env_id for card in cards.values())]
+    figure, axes = plt.subplots(
+        len(tasks), len(SPLITS), figsize=(2.2 * len(SPLITS), 1.9 * len(tasks)), sharex="row", layout="constrained", squeeze=False
+    )
+    for row, env_id in zip(axes, tasks):
+        for axis, split in zip(row, SPLITS):
+            card = cards.get(f"{env_id}-{split}")
+            if card:
+                bins, counts = card["histogram"], np.array(card["histogram"]["counts"])
+                edges = np.linspace(bins["first"], bins["last"], len(counts) + 1)
+                axis.stairs(counts / counts.sum() / np.diff(edges), edges, fill=True, color="C0", alpha=0.7)
+                axis.axvline(card["return"]["mean"], color="C0", linewidth=1)
+            if split in OMAR[env_id]:
+                axis.axvline(OMAR[env_id][split][0], color="C1", linestyle="--", linewidth=1)
+            axis.set_yticks([])
+            axis.tick_params(labelsize=7)
+            if env_id == tasks[0]:
+                axis.set_title(split, fontsize=9)
+        row[0].set_ylabel(env_id.removeprefix("omar_"), fontsize=8)
+    figure.supxlabel("team return of an episode; lines: mean here (solid) and in OMAR's data (dashed)", fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    options = tyro.cli(Options)
+    folder = HERE / "cards"
+    if options.data:
+        folder.mkdir(exist_ok=True)
+        for path in sorted(options.data.glob("*/*/seed_0_data/card.json")):
+            card = json.loads(path.read_bytes())
+            shutil.copy(path, folder / f"{card['task']}-{card['split']}.json")
+    names = [f"{env_id}-{split}" for env_id in FOLDERS for split in SPLITS]
+    cards = {name: json.loads((folder / f"{name}.json").read_bytes()) for name in names if (folder / f"{name}.json").exists()}
+    text = (HERE / "README.md").read_text()
+    before, rest = text.split(BEGIN)
+    (HERE / "README.md").write_text(f"{before}{BEGIN}\n{table(cards)}\n{END}{rest.split(END)[1]}")
+    draw(cards, HERE / "returns.png")
+    print(f"{len(cards)} data sets: {HERE / 'README.md'} and {HERE / 'returns.png'}")
+
+
+if __name__ == "__main__":
+    main()
