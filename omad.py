@@ -183,7 +183,8 @@ MPE = dict(
 # Multi-Agent MuJoCo has the sizes of the paper and of DIME, which want a GPU. The support is symmetric: one whose middle is far
 # from zero starts with a far too high or too low value everywhere, and has to unlearn it first.
 MAMUJOCO = dict(observation="full", v_min=-1000.0, v_max=1000.0)
-# OMAR's tasks are there to make offline data on a CPU.
+# OMAR's tasks are there to make offline data on a CPU. Steps of many copies of a particle world cost almost nothing.
+OMAR = MPE | dict(num_envs=32, updates_per_step=0.0625, eval_every=4_000, learning_starts=4_000, alpha=0.1)
 OMAR_HALFCHEETAH = dict(
     total_timesteps=100_000, eval_every=5_000, updates_per_step=1.0, policy_lr=1e-3, q_lr=1e-3, policy_hidden=128,
     critic_hidden=256, v_min=-500.0, v_max=500.0, alpha=0.1,
@@ -196,9 +197,9 @@ PRESETS: dict[str, dict] = {  # by task or, for all partitions of a robot, by ro
     "mpe_simple_speaker_listener": MPE | dict(v_min=-90.0),
     "mpe_simple_adversary": MPE | dict(v_min=-30.0, v_max=30.0),
     "mpe_collect_treasure": MPE | dict(v_min=-60.0, v_max=60.0),
-    "omar_simple_spread": MPE | dict(v_min=-600.0, v_max=600.0, alpha=0.1),
-    "omar_simple_tag": MPE | dict(v_min=-300.0, v_max=300.0, alpha=0.1),
-    "omar_simple_world": MPE | dict(v_min=-200.0, v_max=200.0, alpha=0.1),
+    "omar_simple_spread": OMAR | dict(v_min=-600.0, v_max=600.0),
+    "omar_simple_tag": OMAR | dict(v_min=-300.0, v_max=300.0, total_timesteps=400_000),
+    "omar_simple_world": OMAR | dict(v_min=-200.0, v_max=200.0, total_timesteps=400_000),
     "omar_halfcheetah": OMAR_HALFCHEETAH,
     "mamujoco": MAMUJOCO,
     "mamujoco_halfcheetah": MAMUJOCO | dict(v_min=-2000.0, v_max=2000.0),
