@@ -186,8 +186,8 @@ MAMUJOCO = dict(observation="full", v_min=-1000.0, v_max=1000.0)
 # OMAR's tasks are there to make offline data on a CPU. Steps of many copies of a particle world cost almost nothing.
 OMAR = MPE | dict(num_envs=32, updates_per_step=0.0625, eval_every=4_000, learning_starts=4_000, alpha=0.1)
 OMAR_HALFCHEETAH = dict(
-    total_timesteps=100_000, eval_every=5_000, updates_per_step=1.0, policy_lr=1e-3, q_lr=1e-3, policy_hidden=128,
-    critic_hidden=256, v_min=-500.0, v_max=500.0, alpha=0.1,
+    total_timesteps=500_000, num_envs=10, updates_per_step=0.1, eval_every=10_000, learning_starts=10_000, policy_lr=1e-3, q_lr=1e-3,
+    policy_hidden=128, critic_hidden=256, v_min=-500.0, v_max=500.0, alpha=0.1,
 )  # fmt: skip
 PRESETS: dict[str, dict] = {  # by task or, for all partitions of a robot, by robot; others have their suite's
     "mpe": MPE,
