@@ -1205,7 +1205,10 @@ def estimate_seconds(env: TeamEnv, args: Args, device: torch.device) -> float:
     update.enabled = agent.chain.enabled = args.cuda_graph and device.type == "cuda"
     index, noise = replay.draw(args.batch_size, generator), agent.policy.noise(args.batch_size, generator)
     obs = np.zeros((args.num_envs, *env.obs_mask.shape), np.float32)
-    env.reset(seed=0)
+    horizon = find_task(args.env_id).horizon
+    copies = args.num_envs if horizon <= 100 else 1  # one robot is enough to know how fast it is
+    envs = make_vec(args.env_id, copies, args.observation, processes=False, prey=args.prey)
+    envs.reset(seed=0)
 
     def seconds(function, repeats):
         function()  # the first call is slower
@@ -1218,8 +1221,7 @@ def estimate_seconds(env: TeamEnv, args: Args, device: torch.device) -> float:
 
     critic, both = seconds(lambda: update(index, noise), 8), seconds(lambda: update(index, noise, noise), 8)
     act = seconds(lambda: agent.act(obs, generator), 8) / args.num_envs
-    horizon = find_task(args.env_id).horizon
-    step = seconds(lambda: env.step(np.zeros(env.action_space.shape)), min(horizon - 1, 20) or 1)
+    step = seconds(lambda: envs.step(np.zeros(envs.action_space.shape)), min(horizon - 2, 20)) / copies
     evaluation = args.eval_episodes * horizon / args.eval_every  # its steps per training step
     update.graphs.clear(), agent.chain.graphs.clear()  # their memory; the rest goes with the function
     return args.total_timesteps * (
@@ -1287,6 +1289,27 @@ def validate(args: Args) -> None:
         )
 
 
+def read_flags(kind, argv: list[str], default=None, prog: str = ""):
+    """The command line as an instance of the dataclass `kind` (or of one of several). Raises `BadInput` in place of tyro's boxes."""
+    out, err = io.StringIO(), io.StringIO()
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            default = {} if default is None else {"default": default}
+            args, unknown = tyro.cli(kind, args=argv, **default, return_unknown_args=True, prog=prog)
+    except SystemExit as stop:
+        if not stop.code:
+            print(out.getvalue(), end="")  # --help
+            raise
+        reason = re.split(r"\s-{9,}\s", err.getvalue())  # tyro's message stands between two rules
+        raise BadInput(" ".join(reason[min(1, len(reason) - 1)].split())) from None
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], [_flag(field.name) for field in dataclasses.fields(args)])
+        raise BadInput(
+            f"unknown argument '{unknown[0]}'; " + (f"did you mean {' or '.join(near)}?" if near else "--help lists the flags")
+        )
+    return args
+
+
 def parse(argv: list[str]) -> tuple[Args, dict | None]:
     """Command line -> arguments, and the checkpoint if a run is continued or evaluated. Raises `BadInput`."""
     first = {"--env-id": Args.env_id, "--resume": None, "--evaluate": None}  # these decide the other flags' defaults
@@ -1308,21 +1331,7 @@ def parse(argv: list[str]) -> tuple[Args, dict | None]:
         find_task(first["--env-id"])
         default = preset(first["--env-id"])
 
-    out, err = io.StringIO(), io.StringIO()
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            args, unknown = tyro.cli(Args, args=argv, default=default, return_unknown_args=True, prog="omad.py")
-    except SystemExit as stop:
-        if not stop.code:
-            print(out.getvalue(), end="")  # --help
-            raise
-        reason = re.split(r"\s-{9,}\s", err.getvalue())  # tyro's message stands between two rules
-        raise BadInput(" ".join(reason[min(1, len(reason) - 1)].split())) from None
-    if unknown:
-        near = difflib.get_close_matches(unknown[0], [_flag(field.name) for field in dataclasses.fields(Args)])
-        raise BadInput(
-            f"unknown argument '{unknown[0]}'; " + (f"did you mean {' or '.join(near)}?" if near else "--help lists the flags")
-        )
+    args = read_flags(Args, argv, default, "omad.py")
     if args.list_tasks:
         print_tasks()
         raise SystemExit(0)
@@ -1331,8 +1340,8 @@ def parse(argv: list[str]) -> tuple[Args, dict | None]:
             raise BadInput(f"{old}: no checkpoint.pt there yet; python omad.py --resume {old} goes on with the run")
         if saved and not args.evaluate and args.total_timesteps < min(saved["step"], default.total_timesteps):
             raise BadInput(f"--total-timesteps {args.total_timesteps}: the run in {old} is at step {saved['step']} already")
-        free = {"resume", "evaluate", "prey", "device", "torch_threads", "cuda_graph", "compile", "capture_video"}
-        free |= {"seed", "eval_episodes"} if args.evaluate else {"total_timesteps"}
+        free = {"resume", "evaluate", "device", "torch_threads", "cuda_graph", "compile", "capture_video"}
+        free |= {"seed", "eval_episodes", "prey"} if args.evaluate else {"total_timesteps"}
         free |= {"denoising_steps"} if args.evaluate and args.policy == "diffusion" else set()
         for name, value in dataclasses.asdict(default).items():
             if getattr(args, name) != value and name not in free:
@@ -1370,7 +1379,8 @@ def evaluate_run(args: Args, saved: dict) -> None:
     returns = evaluate(agent, envs, evaluation_seed(args.seed))
     result = f"return {returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} episodes"
     policy = args.policy + (f" policy, {args.denoising_steps} denoising steps" if args.policy == "diffusion" else " policy")
-    print(f"{args.env_id}, {policy}, step {saved['step']:,}: {result}")
+    against = f", prey of {args.prey}" if args.prey else ""
+    print(f"{args.env_id}{against}, {policy}, step {saved['step']:,}: {result}")
     if args.capture_video:
         record_video(agent, args, Path(args.evaluate) / "videos")
 

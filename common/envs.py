@@ -271,7 +271,7 @@ def make_vec(
     measured, what the processes tell each other costs more than they gain.
     Autoreset is off: `step` returns the true final observation and state at the end of an episode, and the caller restarts
     the finished copies with `reset(options={"reset_mask": done})`. Nothing is hidden, no step is spent on a reset.
-    OMAR's particle tasks are arrays of all copies, with the same numbers a hundred times faster.
+    OMAR's particle tasks are arrays of all copies, with the same numbers: 30 times as fast with 32 copies.
     """
     scenario = env_id.removeprefix("omar_")
     if env_id.startswith("omar_") and scenario in omar.SCENARIOS:

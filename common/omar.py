@@ -47,15 +47,17 @@ class LegacyWorld(World):
         force = self.contact_force * delta / dist * penetration
         return [force if entity_a.movable else None, -force if entity_b.movable else None]
 
+    def next_velocity(self, agent, force):
+        velocity = agent.state.p_vel * (1 - self.damping) + force / agent.mass * self.dt
+        if agent.max_speed is None:
+            return velocity
+        speed = np.sqrt((velocity**2).sum(0))
+        return np.where(speed > agent.max_speed, velocity / np.maximum(speed, agent.max_speed) * agent.max_speed, velocity)
+
     def integrate_state(self, p_force):
         for agent, force in zip(self.agents, p_force):  # landmarks stay where they are
-            velocity = agent.state.p_vel * (1 - self.damping) + force / agent.mass * self.dt
-            if agent.max_speed is not None:
-                speed = np.sqrt((velocity**2).sum(0))
-                capped = velocity / np.maximum(speed, agent.max_speed) * agent.max_speed
-                velocity = np.where(speed > agent.max_speed, capped, velocity)
-            agent.state.p_vel = velocity
-            agent.state.p_pos = agent.state.p_pos + velocity * self.dt  # with the new velocity: mpe2 uses the old one
+            agent.state.p_vel = self.next_velocity(agent, force)
+            agent.state.p_pos = agent.state.p_pos + agent.state.p_vel * self.dt  # with the new velocity: mpe2 uses the old one
 
     def update_agent_state(self, agent):
         pass  # nobody speaks: what agents hear stays the zeros of the reset
@@ -155,7 +157,8 @@ class ParticleEnv(SimpleEnv):
 
 
 class ParticleVec(gym.vector.VectorEnv):
-    """E copies of a scenario in one world of arrays; otherwise what gymnasium's SyncVectorEnv of E `TeamEnv`s is, number for number.
+    """E copies of a scenario in one world of arrays; otherwise what gymnasium's SyncVectorEnv of E `TeamEnv`s is: number for
+    number, but for the rounding of a prey network from a file.
 
     Args:
         scenario: a name in `SCENARIOS`.
@@ -287,11 +290,18 @@ def load_prey(path: str, obs_size: int) -> FilePrey:
     if not Path(path).is_file():
         raise ValueError(f"{path}: there is no such file")
     try:
-        policy = torch.load(path, map_location="cpu", weights_only=True)["agent_params"][3]["policy"]
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(
+            f"{path}: not a file of plain PyTorch weights, cut short, or with code in it, which is never run"
+        ) from error
+    try:
+        policy = saved["agent_params"][3]["policy"]
         weights = {name: policy[name].numpy().astype(np.float32) for name in shapes}
     except Exception as error:
-        reason = " ".join(str(error).split())[:120]
-        raise ValueError(f"{path}: no prey in it that OMAR's code could have written ({type(error).__name__}: {reason})") from error
+        raise ValueError(
+            f"{path}: holds no prey: there is no agent_params[3]['policy'] with in_fn, fc1, fc2 and fc3 in it"
+        ) from error
     for name, shape in shapes.items():
         if weights[name].shape != shape:
             raise ValueError(f"{path}: {name} has shape {list(weights[name].shape)}, this task needs {list(shape)}")

@@ -3,7 +3,7 @@
     python datasets/behaviour.py RUN_DIR --level expert      # keeps the policy of a finished run, and measures it
 
 A policy is two files: `<task>-<level>.pt` holds the network, `<task>-<level>.json` says which command trained it, with which
-versions, and what it scores. `policies.sh` has the commands of all that are committed.
+versions, and what it scores. `bash datasets/policies.sh` makes all that are committed.
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import omad
+from common.datasets import sha256
 from common.envs import TeamEnv, find_task, make_env, make_vec
 
 POLICIES = Path(__file__).parent / "policies"
@@ -64,6 +65,9 @@ def load_behaviour(env_id: str, level: str, folder: Path = POLICIES) -> Behaviou
         args = omad.Args(**about["args"])
         policy = make_policy(make_env(env_id), args)
         policy.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        about["sha256"] = sha256(path)
+        for key in ("command", "seed", "steps", "return", "git_revision"):
+            about[key]
     except FileNotFoundError as error:
         raise BehaviourError(
             f"{error.filename}: no such behaviour policy; datasets/policies.sh has the commands that make them"
@@ -100,12 +104,19 @@ class Options:
 
 
 def main() -> int:
-    options = tyro.cli(Options)
     torch.set_num_threads(1)
     try:
+        options = omad.read_flags(Options, sys.argv[1:], prog="behaviour.py")
+        if options.episodes < 1:
+            raise omad.BadInput(f"--episodes {options.episodes} must be at least 1")
         args, saved = omad.load(options.run_dir)
         if saved is None:
             raise omad.BadInput(f"{options.run_dir}: no checkpoint.pt there yet")
+        whole = args.num_envs * find_task(args.env_id).horizon
+        if options.level == "medium" and (args.eval_every % whole or saved["step"] % whole):
+            raise omad.BadInput(
+                f"{options.run_dir}: cannot be recorded as medium-replay: evaluations must come every multiple of {whole}"
+            )
     except omad.BadInput as error:
         print(f"behaviour.py: error: {error}", file=sys.stderr)
         return 2

@@ -27,7 +27,7 @@ from conftest import ROOT
 
 TINY = dict(
     total_timesteps=800, num_envs=4, eval_every=200, eval_episodes=3, learning_starts=80, batch_size=32, policy_hidden=16,
-    critic_hidden=16, denoising_steps=3,
+    critic_hidden=16, denoising_steps=3, updates_per_step=0.25,
 )  # fmt: skip
 
 
@@ -88,7 +88,21 @@ def test_a_data_set_is_laid_out_like_omars(made):
     tag = arrays(made("omar_simple_tag-random", 500))
     assert tag["obs_3"].shape == (500, 14) and tag["obs_0"].shape == (500, 16) and tag["acs_3"].shape == (500, 2)
     cheetah = made("omar_halfcheetah_2x3-random", 2000)
-    assert cheetah.parts[-3] == "HalfCheetah-v2" and arrays(cheetah)["states_1"].shape == (2000, 17)
+    files = arrays(cheetah)
+    assert cheetah.parts[-3] == "HalfCheetah-v2" and files["states_1"].shape == (2000, 17)
+    assert [np.flatnonzero(files[f"dones_{i}"]).tolist() for i in range(2)] == [[999, 1999]] * 2  # as OMAR's, which readers rely on
+    for kind in ("states", "next_states", "rews"):
+        np.testing.assert_array_equal(files[f"{kind}_0"], files[f"{kind}_1"])
+    for kind in ("", "next_"):  # to the very end of an episode: foot, shin and thigh of each half
+        for i, own in enumerate(((2, 1, 0), (5, 4, 3))):
+            joints = files[f"{kind}states_0"][:, [k for j in own for k in (2 + j, 11 + j)]]
+            np.testing.assert_allclose(files[f"{kind}obs_{i}"], joints, rtol=1e-6)
+    np.testing.assert_array_equal(files["next_obs_0"][:999], files["obs_0"][1:1000])
+    assert (
+        np.abs(files["next_obs_0"][999] - files["obs_0"][999]).max()
+        > 0
+        != np.abs(files["next_obs_0"][999] - files["obs_0"][1000]).max()
+    )
 
 
 @pytest.mark.parametrize("env_id", FOLDERS)
@@ -141,7 +155,12 @@ def test_the_same_arguments_make_the_same_data(made, policies):
     short, long = (arrays(made("omar_simple_spread-random", n)) for n in (10_000, 20_000))
     np.testing.assert_array_equal(short["obs_0"], long["obs_0"][:10_000])
     assert not np.array_equal(long["acs_0"][:25], long["acs_0"][10_000:10_025])  # every chunk is another one
-    assert not np.array_equal(long["obs_0"][0], long["obs_0"][10_000])
+    starts = {
+        tuple(arrays(made(f"omar_simple_spread-{split}", 1000, seed))["obs_0"][0])
+        for split in ("random", "medium", "expert")
+        for seed in (0, 1)
+    }
+    assert len(starts | {tuple(long["obs_0"][0]), tuple(long["obs_0"][10_000])}) == 7  # of every player, seed and chunk another one
 
 
 def test_start_states_and_actions_are_not_correlated(made):
@@ -159,8 +178,9 @@ def test_start_states_and_actions_are_not_correlated(made):
 def test_mixed_splits_are_the_first_halves_of_two(made):
     mixed, random, medium, expert = (
         arrays(made(f"omar_simple_spread-{split}", n))
-        for split, n in (("random-medium", 1000), ("random", 500), ("medium", 500), ("expert", 500))
+        for split, n in (("random-medium", 1000), ("random", 1000), ("medium", 1000), ("expert", 10_000))
     )
+    random, medium, expert = ({name: array[:500] for name, array in files.items()} for files in (random, medium, expert))
     np.testing.assert_array_equal(mixed["acs_1"][:500], random["acs_1"])
     np.testing.assert_array_equal(mixed["acs_1"][500:], medium["acs_1"])
     assert not np.array_equal(medium["acs_1"], expert["acs_1"])
@@ -196,6 +216,10 @@ def test_medium_replay_is_the_replay_of_the_training_run(made, policies, tmp_pat
     )
     last = np.arange(800) % 25 == 24
     np.testing.assert_array_equal(files["next_obs_0"][:-1][~last[:-1]], files["obs_0"][1:][~last[:-1]])
+    card = json.loads((made("omar_simple_spread-medium-replay", 800) / "card.json").read_bytes())
+    about, last = card["behaviour"][0]["policy"], torch.load(run / "checkpoint.pt", weights_only=True)["rows"][-1]
+    assert about["return"]["mean"] == round(last["return_mean"], 2) and about["steps"] == 800
+    assert about["ends_as_the_medium_policy"] is False  # that of these tests was never trained
     short = arrays(made("omar_simple_spread-medium-replay", 200))  # its first part
     np.testing.assert_array_equal(short["acs_0"], files["acs_0"][:200])
 
@@ -212,45 +236,86 @@ def interrupted(monkeypatch, owner, method, calls):
     monkeypatch.setattr(owner, method, press)
 
 
-@pytest.mark.parametrize("split, calls", [("medium-expert", 2), ("medium-replay", 3)])
-def test_an_interrupted_command_goes_on_where_it_was(split, calls, made, policies, tmp_path, monkeypatch, capsys):
+PLACES = {  # where somebody presses Ctrl-C: split, method, its call
+    "between two parts": ("medium-expert", lambda: (collect.Writer, "save"), 2),
+    "in the middle of a part": ("medium-expert", lambda: (collect.Recorder, "step"), 710),
+    "at an evaluation": ("medium-replay", lambda: (omad.Run, "evaluate_and_save"), 3),
+    "between two evaluations": ("medium-replay", lambda: (collect.Recorder, "step"), 130),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_an_interrupted_command_goes_on_where_it_was(place, made, policies, tmp_path, monkeypatch, capsys):
+    split, method, calls = PLACES[place]
     rows = 300_000 if split == "medium-expert" else 800
     options = collect.Options(f"omar_simple_spread-{split}", rows, out=tmp_path, policies=policies)
+    monkeypatch.setattr(collect, "SAVE_EVERY", 0.0)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        owner = collect.Writer if split == "medium-expert" else omad.Run
-        interrupted(patch, owner, "save" if split == "medium-expert" else "evaluate_and_save", calls)
+        interrupted(patch, *method(), calls)
         collect.collect(options)
-    (part,) = tmp_path.glob(f"simple_spread/{split}/*")
-    assert part.name == "seed_0_data.tmp"
+    part = tmp_path / f"simple_spread/{split}/.seed_0_data.unfinished"
+    assert part.is_dir() and not part.with_name("seed_0_data").exists()
+    with pytest.raises(DataError, match="not finished; the command that began it goes on"):
+        load_dataset(str(part))
     steps, play = [], collect.Recorder.step
     monkeypatch.setattr(collect.Recorder, "step", lambda self, actions: steps.append(self.num_envs) or play(self, actions))
     capsys.readouterr()
     folder = collect.collect(options)
     assert "going on" in capsys.readouterr().out and 0 < sum(steps) < rows  # not all over again
     assert sums(folder) == sums(made(f"omar_simple_spread-{split}", rows))
-    assert not part.exists()
+    assert [path.name for path in folder.parent.iterdir()] == ["seed_0_data"]
 
 
-def test_an_unfinished_data_set_of_other_arguments_is_not_gone_on_with(made, policies, tmp_path, monkeypatch):
+def test_an_unfinished_data_set_of_other_arguments_is_not_gone_on_with(made, policies, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(collect, "SAVE_EVERY", 0.0)
     options = collect.Options("omar_simple_spread-random", 300_000, out=tmp_path, policies=policies)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupted(patch, collect.Writer, "save", 2)
         collect.collect(options)
     folder = collect.collect(dataclasses.replace(options, transitions=1000))
+    assert "thrown away" in capsys.readouterr().out
     assert sums(folder) == sums(made("omar_simple_spread-random", 1000))
 
 
+def test_new_weights_of_a_policy_are_another_origin(policies, tmp_path, monkeypatch):
+    own = tmp_path / "policies"
+    shutil.copytree(policies, own)
+    monkeypatch.setattr(collect, "SAVE_EVERY", 0.0)
+    options = collect.Options("omar_simple_spread-medium", 50_000, out=tmp_path, policies=own)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupted(patch, collect.Writer, "save", 3)
+        collect.collect(options)
+    shutil.copy(own / "omar_simple_spread-expert.pt", own / "omar_simple_spread-medium.pt")
+    folder = collect.collect(options)
+    fresh = collect.collect(dataclasses.replace(options, out=tmp_path / "fresh"))
+    assert sums(folder) == sums(fresh)
+
+
+def test_two_processes_do_not_make_the_same_data_set(policies, tmp_path):
+    folder = tmp_path / "simple_spread/random/seed_0_data"
+    files, _, _ = layout("omar_simple_spread")
+    first = collect.Writer(folder, "omar_simple_spread", files, 50, {})
+    with pytest.raises(DataError, match="another process is making this data set"):
+        collect.collect(collect.Options("omar_simple_spread-random", 1000, out=tmp_path))
+    first.discard()
+    collect.collect(collect.Options("omar_simple_spread-random", 1000, out=tmp_path))
+
+
+def test_a_disk_that_is_too_small_says_so_at_once(tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.setattr(sys, "argv", ["collect.py", "--dataset", "omar_simple_spread-random", "--out", str(tmp_path)])
+    assert collect.main() == 3 and "No space left on device" in capsys.readouterr().err
+
+
 def test_a_killed_process_loses_nothing(made, tmp_path):
-    command = [
-        sys.executable,
-        str(ROOT / "datasets/collect.py"),
-        "--dataset",
-        "omar_simple_world-random",
-        "--transitions",
-        "400000",
-    ]
-    process = subprocess.Popen([*command, "--out", str(tmp_path)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    part = tmp_path / "simple_world/random/seed_0_data.tmp/progress.json"
+    command = [sys.executable, "-c", "import collect, sys; collect.SAVE_EVERY = 0.0; sys.exit(collect.main())"]
+    command += ["--dataset", "omar_simple_world-random", "--transitions", "400000", "--out", str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "datasets"), os.environ.get("PYTHONPATH", "")])}
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+    part = tmp_path / "simple_world/random/.seed_0_data.unfinished/progress.json"
     deadline = time.time() + 120
     while not part.exists() and process.poll() is None and time.time() < deadline:
         time.sleep(0.01)
@@ -261,7 +326,26 @@ def test_a_killed_process_loses_nothing(made, tmp_path):
     assert sums(tmp_path / "simple_world/random/seed_0_data") == sums(made("omar_simple_world-random", 400_000))
 
 
-def test_the_card(made):
+def test_runs_whose_evaluations_cut_episodes_are_not_recorded(policies, tmp_path):
+    shutil.copytree(policies, tmp_path / "policies")
+    path = tmp_path / "policies/omar_simple_spread-medium.json"
+    about = json.loads(path.read_bytes())
+    about["args"]["eval_every"] = 150
+    path.write_text(json.dumps(about))
+    with pytest.raises(DataError, match="cannot be recorded: its eval_every is no multiple of 100"):
+        collect.collect(collect.Options("omar_simple_spread-medium-replay", out=tmp_path, policies=tmp_path / "policies"))
+    assert not (tmp_path / "simple_spread").exists()
+    files, _, _ = layout("omar_simple_spread")
+    writer = collect.Writer(tmp_path / "x", "omar_simple_spread", files, 100, {})
+    recorder = collect.Recorder(make_vec("omar_simple_spread", 4), writer, 0, 100)
+    recorder.reset(seed=0)
+    recorder.step(np.zeros((4, 3, 2)))
+    with pytest.raises(AssertionError, match="start afresh together"):
+        recorder.reset(seed=1)
+    writer.discard()
+
+
+def test_the_card(made, policies):
     folder = made("omar_simple_spread-medium-expert", 1000, 2)
     card, files = json.loads((folder / "card.json").read_bytes()), arrays(folder)
     team = np.mean([files[f"rews_{i}"] for i in range(3)], 0).reshape(-1, 25).sum(1)
@@ -273,7 +357,10 @@ def test_the_card(made):
     assert [part["level"] for part in card["behaviour"]] == ["medium", "expert"] and sum(card["histogram"]["counts"]) == 40
     assert card["behaviour"][0]["policy"]["command"] == "python omad.py" and card["packages"]["torch"] == torch.__version__
     assert card["files"]["acs_2.npy"] == hashlib.sha256((folder / "acs_2.npy").read_bytes()).hexdigest()
-    assert "terminations" in card["dones"] and card["command"].startswith(
+    assert card["git_revision"] and [part["episodes"] for part in card["behaviour"]] == [20, 20]
+    medium = (policies / "omar_simple_spread-medium.pt").read_bytes()
+    assert card["behaviour"][0]["policy"]["sha256"] == hashlib.sha256(medium).hexdigest() and "--policies" in card["command"]
+    assert card["dones"].startswith("0 throughout") and card["command"].startswith(
         "python datasets/collect.py --dataset omar_simple_spread-medium"
     )
     assert json.loads((made("omar_simple_tag-random", 500) / "card.json").read_bytes())["prey"] == "the project's own"
@@ -284,10 +371,14 @@ def test_the_card(made):
     [
         (["--dataset", "omar_simple_spred-medium"], "did you mean omar_simple_spread-medium"),
         (["--dataset", "omar_simple_spread"], "did you mean"),
-        (["--dataset", "omar_simple_spread-random", "--transitions", "110"], "must be a multiple of 25"),
-        (["--dataset", "omar_halfcheetah_2x3-random", "--transitions", "2500"], "must be a multiple of 1000"),
+        (["--dataset", "omar_simple_spread-random", "--transitions", "110"], "a multiple of 25"),
+        (["--dataset", "omar_halfcheetah_2x3-random", "--transitions", "2500"], "a multiple of 1000"),
         (["--dataset", "omar_simple_spread-random-medium", "--transitions", "25"], "two halves need two episodes"),
         (["--dataset", "omar_simple_spread-random", "--seed", "-1"], "--seed -1 must be at least 0"),
+        (["--dataset", "omar_simple_spread-medium-replay", "--transitions", "1000"], "medium policy has 800"),
+        (["--dataset", "omar_simple_spread-random", "--transitions", "4000000000000"], "at most 1,000,000,000"),
+        (["--dataset", "omar_simple_spread-random", "--transitions", "1e5"], "1e5"),
+        (["--datset", "omar_simple_spread-random"], "--dataset"),
         (["--dataset", "omar_simple_spread-random", "--prey", "prey.pt"], "has no prey"),
         (["--dataset", "omar_simple_tag-random", "--prey", "nowhere.pt"], "nowhere.pt: there is no such file"),
         (["--dataset", "omar_simple_tag-medium", "--transitions", "500"], "no such behaviour policy"),
@@ -367,12 +458,16 @@ def test_a_fraction_is_of_whole_episodes(made):
 
 def test_scores_normalise_to_0_and_100(made):
     data = load_dataset(str(made("omar_simple_spread-random", 1000)))
-    assert set(SCORES) == set(FOLDERS) and data.normalized(159.8) == 0 and data.normalized(516.8) == pytest.approx(100)
+    assert SCORES == {
+        "omar_simple_spread": (159.8, 516.8), "omar_simple_tag": (-4.1, 185.6), "omar_simple_world": (-6.8, 79.5),
+        "omar_halfcheetah_2x3": (-284.0, 3568.8),
+    }  # fmt: skip
+    assert data.scores == (159.8, 516.8) and data.normalized(159.8) == 0 and data.normalized(516.8) == pytest.approx(100)
     for env_id, (low, high) in SCORES.items():
-        same = dataclasses.replace(data, env_id=env_id)
+        same = dataclasses.replace(data, env_id=env_id, scores=SCORES[env_id])
         np.testing.assert_allclose(same.normalized(np.array([low, high, 2 * high - low])), [0, 100, 200])
     with pytest.raises(DataError, match="no published scores"):
-        dataclasses.replace(data, env_id="mpe_simple_spread").normalized(0.0)
+        dataclasses.replace(data, scores=None).normalized(0.0)
 
 
 def foreign(folder, root, name="simple_spread/medium/seed_0_data"):
@@ -487,8 +582,8 @@ FOREIGN = {  # what happens to the files of a folder without card -> what the me
     "an end in the middle": (lambda f: [put(f"dones_{i}", 30, 1)(f) for i in range(3)], ["dones_0.npy, row 30", "25 steps"]),
     "an end for one agent": (put("dones_1", 24, 1), ["dones_1.npy, row 24", "whole team"]),
     "exchanged observations": (exchange("obs", "next_obs", b=2), ["sees agent", "exchanged"]),
-    "exchanged observations of neighbours": (exchange("obs", "next_obs"), ["acs_0.npy: agent 0 moves as acs_1.npy says"]),
-    "exchanged actions": (exchange("acs", a=1, b=2), ["acs_1.npy: agent 1 moves as acs_2.npy says"]),
+    "exchanged observations of neighbours": (exchange("obs", "next_obs"), ["sees agent 0 where", "exchanged"]),
+    "exchanged actions": (exchange("acs", a=1, b=2), ["acs_1.npy", "agent 1 does not move", "as acs_2.npy says"]),
     "exchanged next observations": (exchange("next_obs"), ["next_obs_0.npy, row 0", "obs_0.npy", "exchanged"]),
     "shuffled rows": (every(lambda a: a[np.random.default_rng(0).permutation(1000)]), ["Shuffled", "row"]),
     "a lost row": (every(lambda a: np.delete(a, [30, *range(976, 1000)], 0)), ["next_obs_0.npy, row 29"]),
@@ -505,6 +600,7 @@ CARDED = {
     "a changed number": (put("rews_1", 500, 3.25), ["rews_1.npy: not the file that its card.json describes", "sha256", "collect.py"]),
     "all agents exchanged": (exchange("obs", "next_obs", "acs", "rews", "dones"), ["sees agent 0 where", "exchanged"]),
     "a broken card": (lambda f: (f / "card.json").write_text("{"), ["card.json: not a card"]),
+    "a folder for a card": (lambda f: ((f / "card.json").unlink(), (f / "card.json").mkdir()), ["card.json: not a card", "delete it"]),
     "a list for a card": (lambda f: (f / "card.json").write_text("[1]"), ["card.json: not a card"]),
     "a card of another format": (edit(format="omar-npy-99"), ["card.json: not a card of format", "omar-npy-99"]),
     "a card of other rows": (edit(transitions=2000), ["1,000 rows, but its card says 2,000", "collect.py"]),
@@ -525,6 +621,7 @@ def test_damage_is_named(kind, made, tmp_path):
         load_dataset(str(folder))
     message = str(caught.value)
     assert all(word in message for word in words) and str(folder) in message and len(message.splitlines()) == 1, message
+    assert "get the data again" in message, "what to do"
 
 
 @pytest.mark.parametrize("kind", CARDED)
@@ -550,7 +647,7 @@ def test_other_things_that_are_not_there(made, tmp_path):
     with pytest.raises(DataError, match="next_states_1.npy is missing"):
         load_dataset(str(path))
     path = foreign(tag, tmp_path, "mystery")
-    with pytest.raises(DataError, match="say it with --env-id"):
+    with pytest.raises(DataError, match="say it .env_id, --env-id."):
         load_dataset(str(path))
     with pytest.raises(DataError, match="unknown task 'omar_simple_tugs'"):
         load_dataset(str(path), env_id="omar_simple_tugs")
@@ -586,8 +683,11 @@ def test_episodes_that_can_end_early():
     dones = np.zeros(2600, bool)
     dones[[99, 1199, 1200]] = True
     want = [[0, 100], [100, 1100], [1100, 1200], [1200, 1201], [1201, 2201], [2201, 2600]]
-    assert split_episodes("mamujoco_ant_2x4", dones).tolist() == want
-    assert split_episodes("omar_simple_spread", np.zeros(75, bool)).tolist() == [[0, 25], [25, 50], [50, 75]]
+    dones[[2200]] = True  # exactly as long as an episode can be: the time limit, whoever marked it
+    episodes, terminations, truncations = split_episodes("mamujoco_ant_2x4", dones)
+    assert episodes.tolist() == want and np.flatnonzero(terminations).tolist() == [99, 1199, 1200]
+    assert np.flatnonzero(truncations).tolist() == [1099, 2200, 2599]
+    assert split_episodes("omar_simple_spread", np.zeros(75, bool))[0].tolist() == [[0, 25], [25, 50], [50, 75]]
 
 
 # --- formats of others ---
@@ -683,7 +783,7 @@ def test_from_madiff(tmp_path, monkeypatch, capsys):
     data = load_dataset(str(tmp_path / "ant"))
     assert data.episodes.tolist() == [[0, 1000], [1000, 1037], [1037, 1448]]
     assert np.flatnonzero(data.terminations).tolist() == [1036, 1447] and np.flatnonzero(data.truncations).tolist() == [999]
-    assert np.flatnonzero(~data.next_known).tolist() == [999]
+    assert np.flatnonzero(~data.next_known).tolist() == [999, 1036, 1447]
 
 
 @pytest.mark.parametrize(
@@ -695,7 +795,7 @@ def test_from_madiff(tmp_path, monkeypatch, capsys):
         ([1000], dict(actions=2), "2 actions"),
         ([1000], dict(damage="one-hot"), "do not begin with the agent's number"),
         ([1000], dict(damage="nan"), "not finite"),
-        ([1000], dict(damage="missing"), "no data of MADiff there"),
+        ([1000], dict(damage="missing"), "actions.npy: missing"),
     ],
 )
 def test_bad_files_of_madiff_are_refused_in_one_line(lengths, extra, reason, tmp_path, monkeypatch, capsys):
