@@ -5,6 +5,7 @@ python datasets/report.py --data datasets/data   # first copies there the cards 
 """
 
 import json
+import re
 import shutil
 import sys
 from dataclasses import dataclass
@@ -38,8 +39,9 @@ class Options:
     """folder whose data sets' cards are copied to datasets/cards first"""
 
 
-def number(value: float) -> str:
-    return f"{value:,.1f}" if abs(value) < 100 else f"{value:,.0f}"
+def numbers(*values: float, between: str) -> str:
+    """Numbers of one kind, without decimals if the first is large."""
+    return between.join(f"{value:,.{0 if abs(values[0]) >= 100 else 1}f}" for value in values)
 
 
 def table(cards: dict[str, dict]) -> str:
@@ -52,12 +54,12 @@ def table(cards: dict[str, dict]) -> str:
         low, high = SCORES[env_id]
         result, theirs = card["return"], OMAR[env_id].get(split)
         cells = [
-            f"`{name}`", f"{card['transitions']:,}", f"{number(result['mean'])} ± {number(result['std'])}",
-            f"{number(result['min'])} … {number(result['max'])}", f"{100 * (result['mean'] - low) / (high - low):.0f}",
-            f"{number(theirs[0])} ± {number(theirs[1])}" if theirs else "–", f"{theirs[2]:,}" if theirs else "–",
+            f"`{name}`", f"{card['transitions']:,}", numbers(result["mean"], result["std"], between=" ± "),
+            numbers(result["min"], result["max"], between=" … "), f"{100 * (result['mean'] - low) / (high - low):.0f}",
+            numbers(*theirs[:2], between=" ± ") if theirs else "–", f"{theirs[2]:,}" if theirs else "–",
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines).replace("-0.0 ", "0.0 ").replace("| -", "| −")
+    return re.sub(r"(?<= )-0(\.0)?(?= )", r"0\1", "\n".join(lines)).replace(" -", " −")
 
 
 def draw(cards: dict[str, dict], path: Path) -> None:
@@ -93,9 +95,17 @@ def main() -> None:
         folder.mkdir(exist_ok=True)
         for path in sorted(options.data.glob("*/*/seed_0_data/card.json")):
             card = json.loads(path.read_bytes())
-            shutil.copy(path, folder / f"{card['task']}-{card['split']}.json")
+            name = f"{card['task']}-{card['split']}"
+            whole = card["split"] == "medium-replay" or card["transitions"] == 10**6
+            if card["split"] in SPLITS and whole and card["prey"] in (None, "the project's own"):
+                shutil.copy(path, folder / f"{name}.json")
+            else:
+                print(f"left out: {name}, {card['transitions']:,} transitions, prey {card['prey']}")
     names = [f"{env_id}-{split}" for env_id in FOLDERS for split in SPLITS]
     cards = {name: json.loads((folder / f"{name}.json").read_bytes()) for name in names if (folder / f"{name}.json").exists()}
+    if not cards:
+        print(f"no cards in {folder}")
+        return
     text = (HERE / "README.md").read_text()
     before, rest = text.split(BEGIN)
     (HERE / "README.md").write_text(f"{before}{BEGIN}\n{table(cards)}\n{END}{rest.split(END)[1]}")

@@ -636,6 +636,182 @@ def test_damage_is_named_by_the_card(kind, made, tmp_path):
     assert all(word in message for word in words) and str(folder) in message and len(message.splitlines()) == 1, message
 
 
+def shift(name, rows=1):
+    return change(name, lambda a: np.roll(a, rows, 0))
+
+
+def noise(name):
+    return change(name, lambda a: np.random.default_rng(0).uniform(-1, 1, a.shape).astype(np.float32))
+
+
+def never_filled(folder):
+    for path in folder.glob("*.npy"):
+        array = np.load(path)
+        array[len(array) // 2 :] = 0
+        np.save(path, array)
+
+
+SUBTLE = {  # task, damage -> what the message says; none of it shows in shapes or ranges
+    "actions shifted by a row": ("spread", shift("acs_0"), ["acs_0.npy", "does not move as this file says"]),
+    "all actions shifted by a row": ("spread", lambda f: [shift(f"acs_{i}")(f) for i in range(3)], ["acs_0.npy", "does not move"]),
+    "noise for actions": ("spread", noise("acs_2"), ["acs_2.npy", "agent 2 does not move"]),
+    "no actions": ("tag", change("acs_1", np.zeros_like), ["acs_1.npy", "agent 1 does not move"]),
+    "no rewards": ("spread", change("rews_1", np.zeros_like), ["rews_1.npy, row 0: not the reward of omar_simple_spread"]),
+    "rewards shifted": ("tag", shift("rews_0", 7), ["rews_0.npy", "not the reward of omar_simple_tag"]),
+    "rewards of the prey": ("tag", exchange("rews", b=3), ["rews_0.npy", "not the reward"]),
+    "actions of the prey": ("tag", exchange("acs", b=3), ["acs_0.npy", "as acs_3.npy says"]),
+    "a landmark that stays": ("spread", lambda f: [change(f"{k}obs_1", lambda a: np.hstack([a[:, :4], 0 * a[:, 4:6] + 0.3, a[:, 6:]]))(f) for k in ("", "next_")], ["sees landmark 0 where"]),
+    "rows never filled": ("spread", never_filled, ["row 500", "never filled"]),
+    "rows of a robot never filled": ("cheetah", never_filled, ["row 1,000", "never filled"]),
+    "exchanged joints": ("cheetah", exchange("obs", "next_obs"), ["obs_0.npy: has the joints of agent 1"]),
+    "another state": ("cheetah", lambda f: [change(f"{k}states_1", lambda a: a + 1)(f) for k in ("", "next_")], ["states_1.npy, row 0: not as for agent 0"]),
+    "another reward": ("cheetah", put("rews_1", 1500, 3.0), ["rews_1.npy, row 1,500: not as for agent 0"]),
+    "a number too large": ("cheetah", change("rews_0", lambda a: np.where(np.arange(2000) == 3, 1e300, a.astype(float))), ["rews_0.npy, row 3: 1e+300 is not finite"]),
+}  # fmt: skip
+SETS = {
+    "spread": ("omar_simple_spread-random", 1000),
+    "tag": ("omar_simple_tag-random", 500),
+    "cheetah": ("omar_halfcheetah_2x3-random", 2000),
+}
+
+
+@pytest.mark.parametrize("kind", SUBTLE)
+def test_subtle_damage_is_named(kind, made, tmp_path):
+    task, damage, words = SUBTLE[kind]
+    name, rows = SETS[task]
+    env_id = name.partition("-")[0]
+    folder = foreign(made(name, rows), tmp_path, f"{FOLDERS[env_id]}/random/seed_0_data")
+    damage(folder)
+    with pytest.raises(DataError) as caught:
+        load_dataset(str(folder))
+    message = str(caught.value)
+    assert all(word in message for word in words) and str(folder) in message and "get the data again" in message, message
+
+
+def played(scenario, act, tmp_path, episodes=40):
+    """A folder like OMAR's, of a team that acts by act(observations [E, N, O], random generator)."""
+    folder = tmp_path / FOLDERS[f"omar_{scenario}"] / "own" / "seed_0_data"
+    team, prey, _ = layout(f"omar_{scenario}")
+    writer = collect.Writer(folder, f"omar_{scenario}", team | prey, 25 * episodes, {})
+    recorder = collect.Recorder(make_vec(f"omar_{scenario}", episodes), writer, 0, 25 * episodes)
+    obs, generator = recorder.reset(seed=0)[0], np.random.default_rng(0)
+    for _ in range(25):
+        obs = recorder.step(act(obs, generator).astype(np.float32))[0]
+    writer.close({})
+    (folder / "card.json").unlink()
+    return folder
+
+
+def test_agents_that_stand_still_or_do_the_same_are_no_damage(tmp_path):
+    def one_stands(obs, generator):
+        return np.concatenate([np.zeros((len(obs), 1, 2)), generator.uniform(-1, 1, (len(obs), 2, 2))], 1)
+
+    def all_meet(obs, generator):
+        return np.clip(-10 * obs[:, :, 2:4], -1, 1)
+
+    def all_chase(obs, generator):
+        return np.clip(10 * obs[:, :, 12:14], -1, 1)
+
+    for k, (scenario, act) in enumerate([("simple_spread", one_stands), ("simple_spread", all_meet), ("simple_tag", all_chase)]):
+        folder = played(scenario, act, tmp_path / str(k))
+        assert len(load_dataset(str(folder)).returns) == 40
+        if act is all_chase:  # three that run after one do nearly the same; still, whose actions are whose can be told
+            exchange("acs")(folder)
+            with pytest.raises(DataError, match="as acs_1.npy says"):
+                load_dataset(str(folder))
+
+
+def test_what_the_card_lists_must_be_there(made, tmp_path):
+    for name, rows, gone in (("omar_simple_tag-random", 500, "*_3.npy"), ("omar_halfcheetah_2x3-random", 2000, "*states_*.npy")):
+        shutil.copytree(made(name, rows), tmp_path / name)
+        for path in (tmp_path / name).glob(gone):
+            path.unlink()
+        with pytest.raises(DataError, match="npy is missing.*make the data again with: python datasets/collect.py"):
+            load_dataset(str(tmp_path / name))
+
+
+def test_anything_in_the_place_of_an_array_is_a_data_error(made, tmp_path):
+    folder = foreign(made("omar_simple_spread-random", 1000), tmp_path)
+    path, good = folder / "acs_1.npy", (folder / "acs_1.npy").read_bytes()
+
+    def archive():
+        with open(path, "wb") as file:
+            np.savez(file, a=np.zeros(3))
+
+    bad = [lambda: np.save(path, np.float32(3)), archive, lambda: path.write_bytes(b"PK\x03\x04 and no more")]
+    rng = np.random.default_rng(0)
+    for _ in range(60):  # a damaged header
+
+        def flip(place=int(rng.integers(6, 100)), bit=int(rng.integers(8))):
+            path.write_bytes(good[:place] + bytes([good[place] ^ (1 << bit)]) + good[place + 1 :])
+
+        bad.append(flip)
+    refused = 0
+    for damage in bad:
+        damage()
+        try:
+            load_dataset(str(folder))
+        except DataError as error:
+            refused += "acs_1.npy" in str(error)
+    assert refused >= 50  # some flips only touch a space
+    for keywords in (dict(seed=-1, fraction=0.5), dict(fraction=2.0)):
+        with pytest.raises(DataError):
+            load_dataset(str(folder), **keywords)
+
+
+def test_end_marks_at_the_time_limit_are_no_falls(tmp_path):
+    """In an Ant data set with dones = 1 at every end, as OG-MARL's wrappers write them."""
+    rng, folder = np.random.default_rng(0), tmp_path / "ant"
+    folder.mkdir()
+    obs = rng.normal(size=(1500, 7)).astype(np.float32)
+    dones = np.zeros(1500, np.uint8)
+    dones[[999, 1299]] = 1
+    for i in range(2):
+        np.save(folder / f"obs_{i}.npy", obs), np.save(folder / f"next_obs_{i}.npy", np.vstack([obs[1:], obs[:1]]) + 0.0 * obs)
+        np.save(folder / f"acs_{i}.npy", rng.uniform(-1, 1, (1500, 4))), np.save(folder / f"dones_{i}.npy", dones)
+        np.save(folder / f"rews_{i}.npy", obs[:, 0])
+    with pytest.raises(DataError, match="row 1,299: marks a fall, but the episode goes on in the next row"):
+        load_dataset(folder, env_id="mamujoco_ant_2x4")
+    for i in range(2):
+        change(f"next_obs_{i}", lambda a: np.where(np.arange(1500)[:, None] == 1299, 5.0, a).astype(np.float32))(folder)
+    data = load_dataset(folder, env_id="mamujoco_ant_2x4")
+    assert np.flatnonzero(data.terminations).tolist() == [1299] and np.flatnonzero(data.truncations).tolist() == [999, 1499]
+    part = load_dataset(folder, 0.67, seed=1, env_id="mamujoco_ant_2x4")  # two of three episodes, of different lengths
+    lengths = np.diff(part.episodes, axis=1)[:, 0]
+    assert len(part.obs) == lengths.sum() and set(lengths) < {1000, 300, 200} and part.episodes[0, 0] == 0
+    assert part.terminations.sum() == (300 in lengths) and (part.terminations | part.truncations).sum() == 2
+    for (first, end), value in zip(part.episodes, part.returns):
+        assert value == pytest.approx(part.rewards[first:end].mean(1).sum(), abs=1e-3)
+
+
+def test_agent_arrays_are_indexed_by_rows_and_agent():
+    array = AgentArray([np.arange(8.0).reshape(4, 2), 10 + np.arange(12.0).reshape(4, 3)], rows=np.array([3, 1]))
+    assert array.shape == (2, 2, 3) and array.widths == [2, 3]
+    assert (
+        array[0].tolist() == [[6, 7, 0], [19, 20, 21]]
+        and array[:1, 0].tolist() == [[6, 7]]
+        and array[1, 1].tolist() == [13, 14, 15]
+    )
+    assert array[np.array([1, 0]), 1].shape == (2, 3) and array[:, 0].dtype == np.float32
+    for key in ((slice(None), slice(2)), (0, 0, 0), ([0, 1], [0, 1]), ..., (..., 0)):
+        with pytest.raises(IndexError, match="by rows"):
+            array[key]
+
+
+def test_names_with_seeds_and_other_folders(made, tmp_path):
+    folder = made("omar_simple_spread-random", 1000, 3)
+    data = load_dataset("omar_simple_spread-random", data_seed=3, root=folder.parents[2])
+    assert data.folder == folder
+    with pytest.raises(DataError, match="--dataset omar_simple_spread-random --seed 4 --out"):
+        load_dataset("omar_simple_spread-random", data_seed=4, root=folder.parents[2])
+    path = foreign(folder, tmp_path, "store")
+    (tmp_path / "simple_spread").symlink_to(path)
+    assert load_dataset(tmp_path / "simple_spread").env_id == "omar_simple_spread"
+    assert load_dataset(path, env_id="simple_spread").env_id == "omar_simple_spread"  # OMAR's name of it
+    with pytest.raises(DataError, match="its path says omar_simple_spread, not omar_simple_tag"):
+        load_dataset(tmp_path / "simple_spread", env_id="omar_simple_tag")
+
+
 def test_other_things_that_are_not_there(made, tmp_path):
     tag, cheetah = made("omar_simple_tag-random", 500), made("omar_halfcheetah_2x3-random", 2000)
     path = foreign(tag, tmp_path, "simple_tag/random/seed_0_data")
@@ -711,8 +887,26 @@ def test_to_a_vault_and_back(name, rows, made, tmp_path, monkeypatch, capsys):
     agents = {"omar_simple_spread": 3, "omar_simple_tag": 4, "omar_halfcheetah_2x3": 2}[name.partition("-")[0]]
     assert metadata["structure_shape"]["observations"] == str((1, rows, agents, obs["obs_0"][0])) and metadata["version"] == 1.2
     assert metadata["structure_dtype"]["terminals"] == "bool" and "state" in metadata["structure_shape"]["infos"]
-    assert int(convert.store(vault, "vault_index").read().result()[0]) == rows
-    seen = convert.store(vault, "observations.")[0, :rows].read().result()
+
+    def theirs(name):  # the specification with which flashbax opens an array
+        import tensorstore
+
+        kvstore = {"driver": "ocdbt", "base": f"file://{vault}", "path": name}
+        return tensorstore.open({"driver": "zarr", "kvstore": kvstore, "metadata": {}}).result()
+
+    assert theirs("vault_index").read().result().tolist() == [rows] and theirs("actions.").shape[:3] == (1, 10**13, agents)
+    seen = theirs("observations.")[0, :rows].read().result()
+    horizon = 1000 if "cheetah" in name else 25
+    for marks in (theirs("terminals."), theirs("truncations.")):
+        marks = marks[0, :rows].read().result()
+        assert (
+            marks.dtype == bool
+            and marks.shape == (rows, agents)
+            and np.flatnonzero(marks[:, 0]).tolist() == [*range(horizon - 1, rows, horizon)]
+        )
+    assert theirs("infos.state.").shape[2] == (
+        17 if "cheetah" in name else sum(len(obs_i) for obs_i in make_env(name.partition("-")[0]).obs_mask)
+    )
     if agents == 4:
         assert np.isneginf(seen[:, 3, 14:]).all()  # the prey sees less
     assert converted(monkeypatch, capsys, "from-vault", vault, "--env-id", name.partition("-")[0], "--out", back)[0] == 0
@@ -793,8 +987,12 @@ def test_from_madiff(tmp_path, monkeypatch, capsys):
         ([1500], {}, "episodes of 1500"),
         ([1000], dict(agents=3), "has 3 agents"),
         ([1000], dict(actions=2), "2 actions"),
+        ([1000], dict(actions=4), "4 actions of an agent; in mamujoco_halfcheetah_2x3"),
+        ([1000, 0], {}, "path_lengths.npy: not the lengths"),
+        ([1000], dict(damage="reward"), "reward of agent 1 in row 9 is not finite"),
+        ([1000], dict(damage="flat"), "do not belong together"),
         ([1000], dict(damage="one-hot"), "do not begin with the agent's number"),
-        ([1000], dict(damage="nan"), "not finite"),
+        ([1000], dict(damage="nan"), "observation of agent 1 in row 70 is not finite"),
         ([1000], dict(damage="missing"), "actions.npy: missing"),
     ],
 )
@@ -808,10 +1006,68 @@ def test_bad_files_of_madiff_are_refused_in_one_line(lengths, extra, reason, tmp
         np.save(folder / "obs.npy", obs)
     elif damage == "missing":
         (folder / "actions.npy").unlink()
+    elif damage == "reward":
+        put("rewards", (9, 1), np.nan)(folder)
+    elif damage == "flat":
+        change("actions", lambda a: a[:, 0])(folder)
     code, _, err = converted(
         monkeypatch, capsys, "from-madiff", folder, "--env-id", "mamujoco_halfcheetah_2x3", "--out", tmp_path / "new"
     )
-    assert code == 2 and reason in err and len(err.splitlines()) == 1 and not (tmp_path / "new").exists()
+    assert code == 2 and reason in err and len(err.splitlines()) == 1 and not [*tmp_path.glob("*new*")]
+
+
+def test_wild_actions_of_others_are_clipped_and_counted(tmp_path, monkeypatch, capsys):
+    madiff(tmp_path / "theirs", [1000])
+    put("actions", (4, 0, 2), -1.5)(tmp_path / "theirs")
+    argv = ["from-madiff", tmp_path / "theirs", "--env-id", "mamujoco_halfcheetah_2x3", "--out", tmp_path / "new"]
+    code, out, err = converted(monkeypatch, capsys, *argv)
+    assert code == 0 and "clipped: 1 of 6,000 actions, the largest 1.5" in out, err
+    assert load_dataset(tmp_path / "new").actions[4, 0][2] == -1
+    code, out, err = converted(monkeypatch, capsys, *argv)
+    assert code == 2 and "is there already" in err and len(err.splitlines()) == 1
+
+
+@needs_tensorstore
+def test_an_interrupted_vault_can_be_made_again(made, tmp_path, monkeypatch, capsys):
+    folder, vault = made("omar_simple_spread-random", 1000), tmp_path / "some.vlt" / "Random"
+    with monkeypatch.context() as patch:
+        interrupted(patch, convert, "store", 3)
+        assert converted(patch, capsys, "to-vault", folder, "--out", vault)[0] == 130
+    assert not vault.exists() and converted(monkeypatch, capsys, "to-vault", folder, "--out", vault)[0] == 0
+    code, _, err = converted(
+        monkeypatch, capsys, "from-vault", vault.parent, "--env-id", "omar_simple_spread", "--out", tmp_path / "new"
+    )
+    assert code == 2 and "but the vaults Random: give one of these" in err
+
+
+# --- the report ---
+
+
+def test_the_report_is_made_of_cards(made, tmp_path, monkeypatch, capsys):
+    import report
+
+    root = tmp_path / "data"
+    for name in ("omar_simple_spread-random", "omar_simple_spread-medium-replay"):
+        shutil.copytree(made(name, 800).parents[2], root, dirs_exist_ok=True)
+    shutil.copytree(made("omar_simple_tag-random", 500).parents[2], root, dirs_exist_ok=True)
+    here = tmp_path / "here"
+    here.mkdir()
+    (here / "README.md").write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    monkeypatch.setattr(report, "HERE", here)
+    monkeypatch.setattr(sys, "argv", ["report.py"])
+    report.main()
+    assert "no cards" in capsys.readouterr().out
+    card_path = root / "simple_spread/random/seed_0_data/card.json"
+    card = json.loads(card_path.read_bytes())
+    card_path.write_text(json.dumps(card | {"transitions": 10**6}))  # as if it were whole
+    monkeypatch.setattr(sys, "argv", ["report.py", "--data", str(root)])
+    report.main()
+    text, out = (here / "README.md").read_text(), capsys.readouterr().out
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert "| `omar_simple_spread-random` | 1,000,000 |" in text and "| 160 ± 60 | 1,000,000 |" in text
+    assert "`omar_simple_spread-medium-replay` | 800" in text and "simple_tag" not in text
+    assert "left out: omar_simple_tag-random, 500 transitions" in out  # a trial, not a data set to report
+    assert (here / "returns.png").stat().st_size > 5000
 
 
 # --- behaviour policies ---
