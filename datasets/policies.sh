@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Trains the behaviour policies of datasets/policies/ anew, on one CPU core each, one after the other:
+#   bash datasets/policies.sh spread | tag | world | halfcheetah
+# A medium policy is the same run as the expert, ended earlier.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+keep() {  # task, level, steps, more flags
+  folder=$(mktemp -d runs/behaviour.XXXX)
+  python omad.py --env-id "omar_$1" --seed 1 --total-timesteps "$3" --run-dir "$folder" "${@:4}"
+  python datasets/behaviour.py "$folder"/* --level "$2" ${EPISODES:+--episodes "$EPISODES"}
+}
+case "${1:-}" in
+  spread) keep simple_spread medium 44000; keep simple_spread expert 80000 ;;
+  tag) keep simple_tag medium 120000; keep simple_tag expert 400000 ;;
+  world) keep simple_world medium 120000; keep simple_world expert 400000 ;;
+  halfcheetah) EPISODES=200; keep halfcheetah_2x3 medium 230000 ;;
+  *) sed -n 2,4p "$0"; exit 2 ;;
+esac
