@@ -991,6 +991,7 @@ def test_from_madiff(tmp_path, monkeypatch, capsys):
         ([1000, 0], {}, "path_lengths.npy: not the lengths"),
         ([1000], dict(damage="reward"), "reward of agent 1 in row 9 is not finite"),
         ([1000], dict(damage="flat"), "do not belong together"),
+        ([1000], dict(damage="unshared"), "rews_1.npy, row 9: not as for agent 0"),  # found by the loader, when all is written
         ([1000], dict(damage="one-hot"), "do not begin with the agent's number"),
         ([1000], dict(damage="nan"), "observation of agent 1 in row 70 is not finite"),
         ([1000], dict(damage="missing"), "actions.npy: missing"),
@@ -1008,6 +1009,8 @@ def test_bad_files_of_madiff_are_refused_in_one_line(lengths, extra, reason, tmp
         (folder / "actions.npy").unlink()
     elif damage == "reward":
         put("rewards", (9, 1), np.nan)(folder)
+    elif damage == "unshared":
+        put("rewards", (9, 1), 5.0)(folder)
     elif damage == "flat":
         change("actions", lambda a: a[:, 0])(folder)
     code, _, err = converted(
