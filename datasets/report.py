@@ -1,4 +1,4 @@
-"""The table and the picture of datasets/README.md, from the cards of data sets.
+"""The tables and the picture of datasets/README.md, from the cards of data sets and of behaviour policies.
 
 python datasets/report.py                     # from the cards in datasets/cards
 python datasets/report.py --data datasets/data   # first copies there the cards of all data sets in that folder
@@ -28,7 +28,7 @@ OMAR = {  # return mean, std, transitions of OMAR's data (arXiv 2111.11188); of 
     "omar_simple_world": {"random": (-6.8, 5.7, 10**6), "medium-replay": (1.2, 13.5, 80_000), "medium": (65.9, 29.6, 10**6), "expert": (85.2, 31.1, 10**6)},
     "omar_halfcheetah_2x3": {"random": (-283, 78, 10**6), "medium-replay": (423, 656, 460_000), "medium": (1569, 273, 10**6), "expert": (3339, 253, 10**6)},
 }  # fmt: skip
-BEGIN, END = "<!-- table of datasets/report.py -->", "<!-- end of the table -->"
+TABLES = {name: (f"<!-- {name} of datasets/report.py -->", f"<!-- end of the {name} -->") for name in ("data sets", "policies")}
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,22 @@ def table(cards: dict[str, dict]) -> str:
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return re.sub(r"(?<= )-0(\.0)?(?= )", r"0\1", "\n".join(lines)).replace(" -", " −")
+
+
+def policy_table(cards: list[dict]) -> str:
+    """One task's policies after the other."""
+    lines = [
+        "| policy | return: mean ± std | episodes | OMAR's data | steps | minutes | command |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for card in cards:
+        result, theirs = card["return"], OMAR[card["task"]][card["level"]]
+        cells = [
+            f"`{card['task']}-{card['level']}`", numbers(result["mean"], result["std"], between=" ± "), f"{result['episodes']:,}",
+            numbers(*theirs[:2], between=" ± "), f"{card['steps']:,}", f"{card['minutes']:g}", f"`{card['command']}`",
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def draw(cards: dict[str, dict], path: Path) -> None:
@@ -106,9 +122,14 @@ def main() -> None:
     if not cards:
         print(f"no cards in {folder}")
         return
+    paths = [HERE / "policies" / f"{env_id}-{level}.json" for env_id in FOLDERS for level in ("medium", "expert")]
+    policies = [json.loads(path.read_bytes()) for path in paths if path.exists()]
     text = (HERE / "README.md").read_text()
-    before, rest = text.split(BEGIN)
-    (HERE / "README.md").write_text(f"{before}{BEGIN}\n{table(cards)}\n{END}{rest.split(END)[1]}")
+    for name, made in (("data sets", table(cards)), ("policies", policy_table(policies))):
+        begin, end = TABLES[name]
+        before, rest = text.split(begin)
+        text = f"{before}{begin}\n{made}\n{end}{rest.split(end)[1]}"
+    (HERE / "README.md").write_text(text)
     draw(cards, HERE / "returns.png")
     print(f"{len(cards)} data sets: {HERE / 'README.md'} and {HERE / 'returns.png'}")
 

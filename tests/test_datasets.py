@@ -1055,7 +1055,9 @@ def test_the_report_is_made_of_cards(made, tmp_path, monkeypatch, capsys):
     shutil.copytree(made("omar_simple_tag-random", 500).parents[2], root, dirs_exist_ok=True)
     here = tmp_path / "here"
     here.mkdir()
-    (here / "README.md").write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    (begin, end), (first, last) = report.TABLES.values()
+    (here / "README.md").write_text(f"before\n{begin}\nold\n{end}\nbetween\n{first}\n{last}\nafter\n")
+    shutil.copytree(ROOT / "datasets/policies", here / "policies")
     monkeypatch.setattr(report, "HERE", here)
     monkeypatch.setattr(sys, "argv", ["report.py"])
     report.main()
@@ -1066,7 +1068,8 @@ def test_the_report_is_made_of_cards(made, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["report.py", "--data", str(root)])
     report.main()
     text, out = (here / "README.md").read_text(), capsys.readouterr().out
-    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert text.startswith("before\n") and text.endswith("after\n") and "\nbetween\n" in text and "old" not in text
+    assert "| `omar_simple_spread-expert` | 538 ± 65 |" in text and "`python omad.py --env-id omar_simple_spread --seed 1" in text
     assert "| `omar_simple_spread-random` | 1,000,000 |" in text and "| 160 ± 60 | 1,000,000 |" in text
     assert "`omar_simple_spread-medium-replay` | 800" in text and "simple_tag" not in text
     assert "left out: omar_simple_tag-random, 500 transitions" in out  # a trial, not a data set to report
