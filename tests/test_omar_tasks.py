@@ -12,6 +12,7 @@ from torch import nn
 
 from common.envs import find_task, make_env, make_vec
 from common.omar import PREY_SIZES, SCENARIOS, FilePrey, ParticleVec, ScriptedPrey, load_prey
+from conftest import SHORT
 
 # Folder with simple_tag.pt and simple_world.pt: OMAR's pretrained_adv_model.pt of both tasks, under these names.
 PREY_FILES = Path(os.environ.get("OMAR_PREY", "no folder given"))
@@ -345,6 +346,24 @@ def test_a_prey_file_is_never_executed(tmp_path):
     with pytest.raises(ValueError, match="with code in it, which is never run"):
         load_prey(str(tmp_path / "prey.pt"), 14)
     assert not (tmp_path / "executed").exists()
+
+
+def test_a_run_with_a_prey_file(tmp_path, cli):
+    """Trains, evaluates and goes on against the prey of the file; an evaluation may have another one, and says so."""
+    file, other = tmp_path / "prey.pt", tmp_path / "other.pt"
+    checkpoint(file, 14), checkpoint(other, 14)
+    code, out, err = cli("--env-id", "omar_simple_tag", "--prey", file, *SHORT)
+    assert code == 0, err
+    (run,) = tmp_path.glob("omar_simple_tag__*")
+    last = out.splitlines()[-2]
+    code, out, _ = cli("--evaluate", run, run_dir=False)
+    assert code == 0 and f"prey of {file}" in out and out.split("return ")[1].split(" over")[0] in last
+    code, out, _ = cli("--evaluate", run, "--prey", other, run_dir=False)
+    assert code == 0 and f"prey of {other}" in out
+    code, _, err = cli("--resume", run, "--prey", other, "--total-timesteps", 500, run_dir=False)
+    assert code == 2 and "--prey cannot be changed" in err
+    code, _, err = cli("--resume", run, "--total-timesteps", 500, run_dir=False)
+    assert code == 0, err
 
 
 @pytest.mark.parametrize("env_id", ["omar_simple_spread", "mpe_simple_spread", "omar_halfcheetah_2x3"])
