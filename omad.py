@@ -1221,7 +1221,7 @@ def estimate_seconds(env: TeamEnv, args: Args, device: torch.device) -> float:
 
     critic, both = seconds(lambda: update(index, noise), 8), seconds(lambda: update(index, noise, noise), 8)
     act = seconds(lambda: agent.act(obs, generator), 8) / args.num_envs
-    step = seconds(lambda: envs.step(np.zeros(envs.action_space.shape)), min(horizon - 2, 20)) / copies
+    step = seconds(lambda: envs.step(np.zeros(envs.action_space.shape)), min(horizon - 1, 20) or 1) / copies
     evaluation = args.eval_episodes * horizon / args.eval_every  # its steps per training step
     update.graphs.clear(), agent.chain.graphs.clear()  # their memory; the rest goes with the function
     return args.total_timesteps * (
