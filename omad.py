@@ -1219,9 +1219,14 @@ def estimate_seconds(env: TeamEnv, args: Args, device: torch.device) -> float:
             agent.log_alpha.item()  # wait for the device
         return (time.perf_counter() - start) / count
 
+    def one_step():
+        done = np.logical_or(*envs.step(np.zeros(envs.action_space.shape))[2:4])
+        if done.any():
+            envs.reset(options={"reset_mask": done})
+
     critic, both = seconds(lambda: update(index, noise), 8), seconds(lambda: update(index, noise, noise), 8)
     act = seconds(lambda: agent.act(obs, generator), 8) / args.num_envs
-    step = seconds(lambda: envs.step(np.zeros(envs.action_space.shape)), min(horizon - 1, 20) or 1) / copies
+    step = seconds(one_step, 20) / copies
     evaluation = args.eval_episodes * horizon / args.eval_every  # its steps per training step
     update.graphs.clear(), agent.chain.graphs.clear()  # their memory; the rest goes with the function
     return args.total_timesteps * (
