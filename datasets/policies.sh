@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains the behaviour policies of datasets/policies/ anew, on one CPU core each, one after the other:
 #   bash datasets/policies.sh spread | tag | world | halfcheetah
-# A medium policy is the same run as the expert, ended earlier.
+# A medium policy is the expert's run, ended earlier; on HalfCheetah it is another one, because with ten copies the run stays at 2100.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 keep() {  # task, level, steps, more flags
@@ -12,7 +12,10 @@ keep() {  # task, level, steps, more flags
 case "${1:-}" in
   spread) keep simple_spread medium 44000; keep simple_spread expert 80000 ;;
   tag) keep simple_tag medium 116000; keep simple_tag expert 400000 ;;
-  world) keep simple_world medium 120000; keep simple_world expert 400000 ;;
-  halfcheetah) EPISODES=200; keep halfcheetah_2x3 medium 230000 ;;
-  *) sed -n 2,4p "$0"; exit 2 ;;
+  world) keep simple_world medium 192000; keep simple_world expert 400000 ;;
+  halfcheetah)
+    EPISODES=200
+    keep halfcheetah_2x3 medium 230000
+    keep halfcheetah_2x3 expert 37000 --num-envs 1 --updates-per-step 1 --eval-every 2000 --learning-starts 5000 ;;
+  *) sed -n 2,3p "$0"; exit 2 ;;
 esac
