@@ -1071,7 +1071,7 @@ def test_the_report_is_made_of_cards(made, tmp_path, monkeypatch, capsys):
     assert text.startswith("before\n") and text.endswith("after\n") and "\nbetween\n" in text and "old" not in text
     assert "| `omar_simple_spread-expert` | 538 ± 65 |" in text and "`python omad.py --env-id omar_simple_spread --seed 1" in text
     assert "| `omar_simple_spread-random` | 1,000,000 |" in text and "| 160 ± 60 | 1,000,000 |" in text
-    assert "`omar_simple_spread-medium-replay` | 800" in text and "simple_tag" not in text
+    assert "`omar_simple_spread-medium-replay` | 800" in text and "omar_simple_tag-random" not in text
     assert "left out: omar_simple_tag-random, 500 transitions" in out  # a trial, not a data set to report
     assert (here / "returns.png").stat().st_size > 5000
 
@@ -1104,6 +1104,21 @@ def test_a_run_becomes_a_behaviour_policy(tmp_path, monkeypatch, capsys):
     for _ in range(25):
         obs, _, _, _, info = vec.step(act(obs))
     assert info["episode"]["r"].mean() == pytest.approx(about["return"]["mean"], abs=0.01)
+
+
+@pytest.mark.parametrize("level", ["medium", "expert"])
+@pytest.mark.parametrize("env_id", FOLDERS)
+def test_the_committed_policies_score_what_their_cards_say(env_id, level):
+    """Over 300 episodes (HalfCheetah: 3) within four standard errors."""
+    keeper, cheetah = behaviour.load_behaviour(env_id, level), "cheetah" in env_id
+    vec = make_vec(env_id, 3 if cheetah else 300)
+    obs, _ = vec.reset(seed=123456)
+    act = keeper.act(torch.Generator().manual_seed(5))
+    for _ in range(1000 if cheetah else 25):
+        obs, _, _, _, info = vec.step(act(obs))
+    returns, said = info["episode"]["r"], keeper.about["return"]
+    assert abs(returns.mean() - said["mean"]) < 4 * said["std"] / len(returns) ** 0.5
+    assert omad.parse(keeper.about["command"].split()[2:])[0] == omad.Args(**keeper.about["args"])  # the command is the run
 
 
 def test_bad_behaviour_policies_are_refused(policies, tmp_path):
