@@ -265,27 +265,11 @@ def collect(options: Options) -> Path:
     if writer.done:
         print(f"going on with the unfinished data set in {writer.temporary}")
     shares = relive(options, args, writer) if args else play(options, writer, split)
-    words = [
-        "python",
-        "datasets/collect.py",
-        "--dataset",
-        options.dataset,
-        "--transitions",
-        str(transitions),
-        "--seed",
-        str(options.seed),
-    ]
+    words = f"python datasets/collect.py --dataset {options.dataset} --transitions {transitions} --seed {options.seed}".split()
     words += ["--prey", options.prey] if options.prey else []
     words += ["--policies", str(options.policies)] if options.policies != POLICIES else []
-    card = writer.close(
-        {
-            "split": split,
-            "seed": options.seed,
-            "behaviour": shares,
-            "prey": origin["prey"] if prey else None,
-            "command": shlex.join(words),
-        }
-    )
+    about = {"split": split, "seed": options.seed, "behaviour": shares, "prey": origin["prey"] if prey else None}
+    card = writer.close(about | {"command": shlex.join(words)})
     result = card["return"]
     print(
         f"{folder}: {card['transitions']:,} transitions, {card['episodes']:,} episodes, return {result['mean']:.1f} ± {result['std']:.1f}"
