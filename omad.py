@@ -374,6 +374,12 @@ class GaussianPolicy(nn.Module):
         return torch.tanh(x).transpose(0, 1), run.T, (term * self.action_mask.sum(-1)).expand_as(run).T
 
 
+def make_policy(env: TeamEnv, args: Args) -> DiffusionPolicy | GaussianPolicy:
+    """Untrained policies of the agents in `env`."""
+    kind = DiffusionPolicy if args.policy == "diffusion" else GaussianPolicy
+    return kind(torch.from_numpy(env.obs_mask), torch.from_numpy(env.action_mask), args.policy_hidden, args.denoising_steps)
+
+
 def _inverse_softplus(y: float) -> float:
     return math.log(math.expm1(y))
 
@@ -658,9 +664,8 @@ class OMAD(nn.Module):
     def __init__(self, env: TeamEnv, args: Args, device: torch.device):
         super().__init__()
         self.args, self.device = args, device
-        obs_mask, action_mask = torch.from_numpy(env.obs_mask), torch.from_numpy(env.action_mask)
-        make_policy = DiffusionPolicy if args.policy == "diffusion" else GaussianPolicy
-        self.policy = make_policy(obs_mask, action_mask, args.policy_hidden, args.denoising_steps).to(device)
+        action_mask = torch.from_numpy(env.action_mask)
+        self.policy = make_policy(env, args).to(device)
         self.critic = Critic(env.state_size, action_mask, args).to(device)
         self.target = None
         if args.target_networks:

@@ -599,9 +599,8 @@ def place(world: LegacyWorld, obs: list[np.ndarray]) -> None:
 
 def glide(world: LegacyWorld, agent, action: np.ndarray) -> np.ndarray:
     """The agent's velocity after a step with this action [2, rows], if it touches nothing."""
-    agent.action.u = action * (agent.accel or 5.0)
-    force = (agent.mass * (agent.accel or 1.0)) * agent.action.u
-    return world.next_velocity(agent, force)
+    world.set_action(agent, action)
+    return world.next_velocity(agent, world.action_force(agent))
 
 
 def _check_card(folder: Path, card: dict, files: dict[str, np.ndarray]) -> None:

@@ -33,9 +33,15 @@ Prey = Callable[[np.ndarray], np.ndarray]  # its observations [..., O] -> forces
 class LegacyWorld(World):
     """mpe2's world with the older order of integration, for one copy or many."""
 
+    def action_force(self, agent):
+        return agent.mass * (agent.accel or 1.0) * agent.action.u  # `u` has been multiplied once already: `set_action`, or mpe2
+
+    def set_action(self, agent, action):
+        agent.action.u = action * np.float64(agent.accel or 5.0)
+
     def apply_action_force(self, p_force):
-        for i, agent in enumerate(self.agents):  # `u` has been multiplied by accel (5 where there is none) once already
-            p_force[i] = agent.mass * (agent.accel or 1.0) * agent.action.u
+        for i, agent in enumerate(self.agents):
+            p_force[i] = self.action_force(agent)
         return p_force
 
     def get_collision_force(self, entity_a, entity_b):
@@ -208,7 +214,7 @@ class ParticleVec(gym.vector.VectorEnv):
             about = {"prey_obs": seen, "prey_action": self.policy(seen).astype(np.float32)}
             actions = np.concatenate([actions, about["prey_action"][:, None]], 1)
         for agent, action in zip(self.world.agents, actions.transpose(1, 2, 0)):  # [2, E]
-            agent.action.u = action * np.float64(agent.accel or 5.0)
+            self.world.set_action(agent, action)
         self.world.step()
         self.steps += 1
         obs, rewards = self._observe(self.team), self._rewards(self.team)

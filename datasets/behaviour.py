@@ -22,7 +22,8 @@ import tyro
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import omad
 from common.datasets import sha256
-from common.envs import TeamEnv, find_task, make_env, make_vec
+from common.envs import find_task, make_env, make_vec
+from omad import make_policy
 
 POLICIES = Path(__file__).parent / "policies"
 FORMAT = "omad-policy-1"
@@ -48,11 +49,6 @@ class Behaviour:
             return self.policy(torch.from_numpy(obs), self.policy.noise(len(obs), generator))[0].numpy()
 
         return act
-
-
-def make_policy(env: TeamEnv, args: omad.Args) -> torch.nn.Module:
-    kind = omad.DiffusionPolicy if args.policy == "diffusion" else omad.GaussianPolicy
-    return kind(torch.from_numpy(env.obs_mask), torch.from_numpy(env.action_mask), args.policy_hidden, args.denoising_steps)
 
 
 def load_behaviour(env_id: str, level: str, folder: Path = POLICIES) -> Behaviour:
