@@ -745,9 +745,8 @@ class Learner:
         self.agent, self.replay, self.args, self.updates = agent, replay, args, 0
         self.update = Captured(lambda index, *noise: agent.update(replay.sample(index), *noise), agent.tensors)
         self.to_check = args.cuda_graph and agent.device.type == "cuda"
-        self.overlap = (
-            agent.device.type == "cuda"
-        )  # learn while the environments step, without the newest transition [deviation D6]
+        # Learn while the environments step, without the newest transition [deviation D6].
+        self.overlap = agent.device.type == "cuda"
 
     def step(self, generator: torch.Generator) -> Logs:
         """One critic update, every `policy_frequency`-th with one of the policies and the temperature."""

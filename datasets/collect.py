@@ -189,7 +189,7 @@ def replay_args(options: Options, env_id: str) -> omad.Args:
 
 def relive(options: Options, args: omad.Args, writer: Writer) -> list[dict]:
     """Fills the files with everything that happens in a training run."""
-    runs, saved = writer.temporary / "runs", None
+    runs, saved = writer.scratch, None
     found = [path.parent for path in runs.glob("*/checkpoint.pt")]
     run = dataclasses.replace(args, run_dir=str(runs))
     if found and writer.done:
@@ -207,7 +207,6 @@ def relive(options: Options, args: omad.Args, writer: Writer) -> list[dict]:
     (path,) = runs.iterdir()
     end = torch.load(path / "checkpoint.pt", weights_only=True)
     medium = load_behaviour(args.env_id, "medium", options.policies).policy.state_dict()
-    shutil.rmtree(runs)
     last = end["rows"][-1]
     about = {
         "command": command(args), "seed": args.seed, "steps": end["step"],
@@ -261,7 +260,9 @@ def collect(options: Options) -> Path:
         "args": {key: value for key, value in dataclasses.asdict(args).items() if key != "prey"} if args else None,
     }  # fmt: skip
     team, prey, _ = layout(env_id)
-    writer = Writer(folder, env_id, team | prey, transitions, origin)
+    # Not beside the finished ones, where readers look for folders of any name.
+    workplace = options.out / f".{options.dataset}-{options.seed}.unfinished"
+    writer = Writer(folder, env_id, team | prey, transitions, origin, workplace)
     if writer.done:
         print(f"going on with the unfinished data set in {writer.temporary}")
     shares = relive(options, args, writer) if args else play(options, writer, split)

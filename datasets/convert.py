@@ -11,7 +11,8 @@ In vaults, `terminals` mark every end of an episode, and `truncations` those by 
 others an end after exactly as many steps as an episode can have counts as a time limit, whichever of the two marks it.
 
 Neither of them keeps the observation after the last step of an episode. In its place stands the last observation again, the card says
-so (`last_next_obs`), and `Dataset.next_known` marks these rows: a method that learns values has to leave them out.
+so (`last_next_obs`), and `Dataset.next_known` marks these rows where the episode did not end by a fall: a method that learns values has
+to leave them out.
 """
 
 import json
@@ -133,9 +134,11 @@ def write(env_id: str, out: Path, source: str, obs: np.ndarray, actions: np.ndar
             {"split": None, "seed": None, "behaviour": "unknown", "prey": "unknown", "source": source, "last_next_obs": False}
         )
         data = load_dataset(out)  # every check
-    except BaseException:
+    except BaseException as error:
         writer.discard()
         shutil.rmtree(out, ignore_errors=True)
+        if isinstance(error, DataError):
+            raise DataError(f"{source}: does not pass the checks once converted: {str(error).replace(f'{out}/', '')}") from error
         raise
     print(
         f"{out}: {rows:,} transitions, {len(data.returns):,} episodes, return {data.returns.mean():.1f} ± {data.returns.std():.1f}"
@@ -178,23 +181,29 @@ def from_vault(options: FromVault) -> None:
         )
     try:
         metadata = json.loads(path.read_bytes())
-        version = float(metadata["version"])
+        version = int(float(metadata["version"]))
         has_state = "state" in metadata["structure_shape"].get("infos", {})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise DataError(f"{path}: not the metadata of a vault ({type(error).__name__}: {error})") from error
-    if int(version) != int(VERSION):
-        raise DataError(f"{source}: a vault of version {version}, known is {VERSION}")
+    if version != int(VERSION):
+        raise DataError(f"{source}: a vault of version {metadata['version']}, known is {VERSION}")
     try:
         rows = int(store(options.vault, "vault_index").read().result()[0])
         names = ["observations.", "actions.", "rewards.", "terminals.", "truncations."] + ["infos.state."] * has_state
+        if rows < 1:
+            raise ValueError(f"vault_index says {rows} rows")
         arrays = [store(options.vault, name)[0, :rows].read().result() for name in names]
     except (OSError, ValueError, IndexError) as error:
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"{source}: an array of the vault is not there, or broken ({reason})") from error
     obs, actions, rewards, terminals, truncations, *state = arrays
     marks = (terminals.reshape(rows, -1) != 0).all(1) | (truncations.reshape(rows, -1) != 0).all(1)
-    keep_state = bool(state) and not options.env_id.startswith("omar_simple")  # there it is nothing but all observations
-    write(options.env_id, options.out, source, obs, actions, rewards, marks, state[0] if keep_state else None)
+    joint = state[0] if state and not options.env_id.startswith("omar_simple") else None  # there it is nothing but all observations
+    if joint is not None and joint.ndim == 3:  # a copy for each agent
+        joint = joint[:, 0] if (joint == joint[:, :1]).all() else None
+        if joint is None:
+            print("left out: states, which differ from agent to agent")
+    write(options.env_id, options.out, source, obs, actions, rewards, marks, joint)
 
 
 def to_vault(options: ToVault) -> None:

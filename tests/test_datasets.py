@@ -253,8 +253,8 @@ def test_an_interrupted_command_goes_on_where_it_was(place, made, policies, tmp_
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupted(patch, *method(), calls)
         collect.collect(options)
-    part = tmp_path / f"simple_spread/{split}/.seed_0_data.unfinished"
-    assert part.is_dir() and not part.with_name("seed_0_data").exists()
+    part = tmp_path / f".omar_simple_spread-{split}-0.unfinished"
+    assert part.is_dir() and not (tmp_path / "simple_spread").exists()  # readers that take any folder see only finished ones
     with pytest.raises(DataError, match="not finished; the command that began it goes on"):
         load_dataset(str(part))
     steps, play = [], collect.Recorder.step
@@ -263,7 +263,10 @@ def test_an_interrupted_command_goes_on_where_it_was(place, made, policies, tmp_
     folder = collect.collect(options)
     assert "going on" in capsys.readouterr().out and 0 < sum(steps) < rows  # not all over again
     assert sums(folder) == sums(made(f"omar_simple_spread-{split}", rows))
-    assert [path.name for path in folder.parent.iterdir()] == ["seed_0_data"]
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_dir()} == {
+        "simple_spread", f"simple_spread/{split}", f"simple_spread/{split}/seed_0_data"
+    }  # fmt: skip
+    assert not list(tmp_path.glob(".*")) and not (folder / "progress.json").exists()
 
 
 def test_an_unfinished_data_set_of_other_arguments_is_not_gone_on_with(made, policies, tmp_path, monkeypatch, capsys):
@@ -294,20 +297,59 @@ def test_new_weights_of_a_policy_are_another_origin(policies, tmp_path, monkeypa
 def test_two_processes_do_not_make_the_same_data_set(policies, tmp_path):
     folder = tmp_path / "simple_spread/random/seed_0_data"
     files, _, _ = layout("omar_simple_spread")
-    first = collect.Writer(folder, "omar_simple_spread", files, 50, {})
+    first = collect.Writer(folder, "omar_simple_spread", files, 50, {}, tmp_path / ".omar_simple_spread-random-0.unfinished")
     with pytest.raises(DataError, match="another process is making this data set"):
         collect.collect(collect.Options("omar_simple_spread-random", 1000, out=tmp_path))
     first.discard()
     collect.collect(collect.Options("omar_simple_spread-random", 1000, out=tmp_path))
 
 
-def test_a_disk_that_is_too_small_says_so_at_once(tmp_path, monkeypatch, capsys):
+def test_a_disk_that_is_too_small_says_so_at_once_and_stays_as_it_was(tmp_path, monkeypatch, capsys):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "posix_fallocate", full)
     monkeypatch.setattr(sys, "argv", ["collect.py", "--dataset", "omar_simple_spread-random", "--out", str(tmp_path)])
-    assert collect.main() == 3 and "No space left on device" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full)  # somebody else filled it just now
+        assert collect.main() == 3 and "No space left on device" in capsys.readouterr().err
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 9 * 10**8, 10**8))
+    assert collect.main() == 3 and "0.5 GB are needed, the disk has 0.1 GB left" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("when", ["before it has its name", "when it has its name"])
+@pytest.mark.parametrize("split", ["random", "medium-replay"])
+def test_a_kill_in_the_last_moment_loses_nothing(split, when, made, policies, tmp_path, monkeypatch):
+    options = collect.Options(f"omar_simple_spread-{split}", 800, out=tmp_path, policies=policies)
+    replace, whole = os.replace, sums(made(options.dataset, 800))
+
+    def kill(old, new):
+        if str(new).endswith("seed_0_data"):
+            if when == "when it has its name":
+                replace(old, new)
+            raise KeyboardInterrupt
+        replace(old, new)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", kill)
+        collect.collect(options)
+    folder = tmp_path / f"simple_spread/{split}/seed_0_data"
+    if when == "before it has its name":
+        monkeypatch.setattr(collect.Recorder, "step", None)  # nothing is played again
+        monkeypatch.setattr(omad.Learner, "step", None)  # nor learned
+        assert collect.collect(options) == folder
+    assert sums(folder) == whole and len(load_dataset(folder).returns) == 32
+
+
+def test_a_data_set_begun_with_other_versions_is_not_gone_on_with(policies, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(collect, "SAVE_EVERY", 0.0)
+    options = collect.Options("omar_simple_spread-random", 50_000, out=tmp_path, policies=policies)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("common.datasets.versions", lambda: {"git_revision": "older"})
+        interrupted(patch, collect.Writer, "save", 3)
+        collect.collect(options)
+    collect.collect(options)
+    assert "thrown away: an unfinished data set of other arguments or versions" in capsys.readouterr().out
 
 
 def test_a_killed_process_loses_nothing(made, tmp_path):
@@ -315,7 +357,7 @@ def test_a_killed_process_loses_nothing(made, tmp_path):
     command += ["--dataset", "omar_simple_world-random", "--transitions", "400000", "--out", str(tmp_path)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "datasets"), os.environ.get("PYTHONPATH", "")])}
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
-    part = tmp_path / "simple_world/random/.seed_0_data.unfinished/progress.json"
+    part = tmp_path / ".omar_simple_world-random-0.unfinished/progress.json"
     deadline = time.time() + 120
     while not part.exists() and process.poll() is None and time.time() < deadline:
         time.sleep(0.01)
@@ -597,7 +639,7 @@ FOREIGN = {  # what happens to the files of a folder without card -> what the me
     "nothing there": (lambda f: [p.unlink() for p in f.glob("*.npy")], ["no .npy files"]),
 }  # fmt: skip
 CARDED = {
-    "a changed number": (put("rews_1", 500, 3.25), ["rews_1.npy: not the file that its card.json describes", "sha256", "collect.py"]),
+    "a changed number": (put("rews_1", 500, 3.25), ["rews_1.npy: not the file that its card.json describes", "sha256", "delete the folder and make", "collect.py", "--out"]),
     "all agents exchanged": (exchange("obs", "next_obs", "acs", "rews", "dones"), ["sees agent 0 where", "exchanged"]),
     "a broken card": (lambda f: (f / "card.json").write_text("{"), ["card.json: not a card"]),
     "a folder for a card": (lambda f: ((f / "card.json").unlink(), (f / "card.json").mkdir()), ["card.json: not a card", "delete it"]),
@@ -651,6 +693,11 @@ def never_filled(folder):
         np.save(path, array)
 
 
+def first_for_last(folder):
+    for i in range(3):
+        change(f"next_obs_{i}", lambda a, i=i: np.where((np.arange(len(a)) % 25 == 24)[:, None], np.roll(np.load(folder / f"obs_{i}.npy"), -1, 0), a))(folder)  # fmt: skip
+
+
 SUBTLE = {  # task, damage -> what the message says; none of it shows in shapes or ranges
     "actions shifted by a row": ("spread", shift("acs_0"), ["acs_0.npy", "does not move as this file says"]),
     "all actions shifted by a row": ("spread", lambda f: [shift(f"acs_{i}")(f) for i in range(3)], ["acs_0.npy", "does not move"]),
@@ -665,6 +712,14 @@ SUBTLE = {  # task, damage -> what the message says; none of it shows in shapes 
     "rows of a robot never filled": ("cheetah", never_filled, ["row 1,000", "never filled"]),
     "exchanged joints": ("cheetah", exchange("obs", "next_obs"), ["obs_0.npy: has the joints of agent 1"]),
     "another state": ("cheetah", lambda f: [change(f"{k}states_1", lambda a: a + 1)(f) for k in ("", "next_")], ["states_1.npy, row 0: not as for agent 0"]),
+    "another state afterwards": ("cheetah", put("next_states_1", (1999, 4), 9.0), ["next_states_1.npy, row 1,999: not as for agent 0"]),
+    "rewards of the other sign": ("cheetah", lambda f: [change(f"rews_{i}", np.negative)(f) for i in range(2)], ["rews_0.npy, row", "not the speed"]),
+    "an odd reward among many": ("spread", put("rews_0", 7, 1e4), ["rews_0.npy, row 7: not the reward"]),
+    "half of the rewards": ("tag", change("rews_1", lambda a: np.where(np.arange(len(a)) % 50 < 25, a, 0)), ["rews_1.npy, row 25: not the reward"]),
+    "a new start for a last observation": ("spread", first_for_last, ["next_obs_0.npy, row 24: the agent is not where its velocity took it", "not the first of the next"]),
+    "a far place at the end": ("tag", put("next_obs_0", (24, 0), 1e30), ["next_obs_0.npy, row 24: the agent is not where"]),
+    "another place of a friend at the end": ("tag", put("next_obs_1", (49, 9), 0.123), ["next_obs_1.npy, row 49: sees agent 0 where"]),
+    "another velocity of the prey": ("tag", lambda f: [put(f"obs_1", (60, 15), 0.7)(f), put("next_obs_1", (59, 15), 0.7)(f)], ["obs_1.npy, row 60: sees the prey's velocity where"]),
     "another reward": ("cheetah", put("rews_1", 1500, 3.0), ["rews_1.npy, row 1,500: not as for agent 0"]),
     "a number too large": ("cheetah", change("rews_0", lambda a: np.where(np.arange(2000) == 3, 1e300, a.astype(float))), ["rews_0.npy, row 3: 1e+300 is not finite"]),
 }  # fmt: skip
@@ -700,6 +755,14 @@ def played(scenario, act, tmp_path, episodes=40):
     writer.close({})
     (folder / "card.json").unlink()
     return folder
+
+
+def test_without_a_card_every_episode_is_looked_at(made, tmp_path):
+    folder = foreign(made("omar_simple_spread-random", 50_000), tmp_path)  # 2000 episodes; with a card, 200 would be enough
+    load_dataset(folder)
+    put("rews_2", 33_333, 200.0)(folder)
+    with pytest.raises(DataError, match="rews_2.npy, row 33,333: not the reward of omar_simple_spread"):
+        load_dataset(folder)
 
 
 def test_agents_that_stand_still_or_do_the_same_are_no_damage(tmp_path):
@@ -793,9 +856,20 @@ def test_agent_arrays_are_indexed_by_rows_and_agent():
         and array[1, 1].tolist() == [13, 14, 15]
     )
     assert array[np.array([1, 0]), 1].shape == (2, 3) and array[:, 0].dtype == np.float32
-    for key in ((slice(None), slice(2)), (0, 0, 0), ([0, 1], [0, 1]), ..., (..., 0)):
+    array[:, 0][:] = 7  # a copy
+    assert array[0, 0].tolist() == [6, 7]
+    for key in ((slice(None), slice(2)), (0, 0, 0), ([0, 1], [0, 1]), ..., (..., 0), None, True, (None, 0), (0, True)):
         with pytest.raises(IndexError, match="by rows"):
             array[key]
+
+
+def test_a_worker_process_gets_the_names_of_the_files(made):
+    part = load_dataset(made("omar_simple_spread-random", 50_000), 0.1)
+    packed = pickle.dumps(part)
+    assert len(packed) < 300_000  # the files have 26 MB
+    again = pickle.loads(packed)
+    np.testing.assert_array_equal(again.obs[:], part.obs[:])
+    assert isinstance(again.obs.parts[0], np.memmap) and again.obs.shape == part.obs.shape
 
 
 def test_names_with_seeds_and_other_folders(made, tmp_path):
@@ -804,6 +878,12 @@ def test_names_with_seeds_and_other_folders(made, tmp_path):
     assert data.folder == folder
     with pytest.raises(DataError, match="--dataset omar_simple_spread-random --seed 4 --out"):
         load_dataset("omar_simple_spread-random", data_seed=4, root=folder.parents[2])
+    assert load_dataset("omar_simple_spread-random", data_seed=3, root=str(folder.parents[2])).folder == folder
+    for seed, split in ((4, "random"), (3, "expert")):  # what is in the place of another one
+        shutil.copytree(folder, tmp_path / f"simple_spread/{split}/seed_{seed}_data")
+        with pytest.raises(DataError, match="its card says omar_simple_spread-random, seed 3: not what its path says"):
+            load_dataset(f"omar_simple_spread-{split}", data_seed=seed, root=tmp_path)
+    shutil.rmtree(tmp_path / "simple_spread")
     path = foreign(folder, tmp_path, "store")
     (tmp_path / "simple_spread").symlink_to(path)
     assert load_dataset(tmp_path / "simple_spread").env_id == "omar_simple_spread"
@@ -833,6 +913,11 @@ def test_other_things_that_are_not_there(made, tmp_path):
         load_dataset(str(tag.parent))
     with pytest.raises(DataError, match="there is no such folder"):
         load_dataset(str(tmp_path / "nowhere"))
+    with pytest.raises(DataError, match="unknown data set ''"):
+        load_dataset("")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="empty: no .npy files there; get the data again"):
+        load_dataset(tmp_path / "empty")
     with pytest.raises(DataError, match="did you mean omar_simple_spread-medium"):
         load_dataset("omar_simple_spread-mdium")
 
@@ -977,7 +1062,7 @@ def test_from_madiff(tmp_path, monkeypatch, capsys):
     data = load_dataset(str(tmp_path / "ant"))
     assert data.episodes.tolist() == [[0, 1000], [1000, 1037], [1037, 1448]]
     assert np.flatnonzero(data.terminations).tolist() == [1036, 1447] and np.flatnonzero(data.truncations).tolist() == [999]
-    assert np.flatnonzero(~data.next_known).tolist() == [999, 1036, 1447]
+    assert np.flatnonzero(~data.next_known).tolist() == [999]  # after a fall nobody needs it
 
 
 @pytest.mark.parametrize(
