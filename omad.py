@@ -24,6 +24,7 @@ import contextlib
 import dataclasses
 import difflib
 import gc
+import hashlib
 import importlib.metadata
 import importlib.util
 import io
@@ -916,6 +917,7 @@ class Run:
         self.args, self.agent, self.learner, self.generator = args, learner.agent, learner, generator
         self.path = Path(args.resume) if args.resume else make_run_dir(args)
         self.step, self.last_return, self.rows, self.seconds_before = 0, math.nan, [], 0.0
+        self.prey = checksum(args.prey)
         if saved:
             self.restore(saved)
         self.torso_xy = None  # [at least `step`, 2] metres, of robots that walk in a plane
@@ -937,6 +939,8 @@ class Run:
         count = lambda module: f"{sum(p.numel() for p in module.parameters()):,} parameters"
         seconds *= 1 - self.step / args.total_timesteps
         print(f"task      {args.env_id}: {find_task(args.env_id).description}")
+        if args.prey:
+            print(f"prey      {args.prey}")
         print(
             f"sizes     {env.num_agents} agents; observations {env.obs_sizes}, actions {env.action_sizes}, joint state {env.state_size}"
         )
@@ -1057,6 +1061,7 @@ class Run:
             "agent": self.agent.state_dict(), "replay": self.learner.replay.state_dict(), "generator": self.generator.get_state(),
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.agent.optimizers.items()},
             "device": self.agent.device.type, "last_return": self.last_return, "rows": self.rows, "seconds": self.seconds,
+            "prey": self.prey,
         }  # fmt: skip
 
     def restore(self, saved: dict) -> None:
@@ -1126,6 +1131,11 @@ def write_config(path: Path, args: Args) -> None:
     write(path / "config.json", lambda file: file.write(json.dumps(config, indent=2).encode()))
 
 
+def checksum(path: str) -> str:
+    """Of a file that a run depends on; "" for none."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else ""
+
+
 def make_run_dir(args: Args) -> Path:
     """A new run directory. It gets its name when config.json is inside, so that a run can be resumed from its first moment."""
     path = Path(args.run_dir) / f"{args.env_id}__omad__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
@@ -1158,7 +1168,7 @@ def load(run_dir: str) -> tuple[Args, dict | None]:
                 raise BadInput(f"not a checkpoint of this version of omad.py (format {FORMAT})")
         args = Args(**(saved["args"] if saved else json.loads(config.read_bytes())["args"]))
         args = dataclasses.replace(args, resume="", evaluate="")
-        validate(args)
+        validate(dataclasses.replace(args, prey=""))  # a prey's file may have moved: the command line can say where to
     return args, saved
 
 
@@ -1350,12 +1360,16 @@ def parse(argv: list[str]) -> tuple[Args, dict | None]:
         if saved and not args.evaluate and args.total_timesteps < min(saved["step"], default.total_timesteps):
             raise BadInput(f"--total-timesteps {args.total_timesteps}: the run in {old} is at step {saved['step']} already")
         free = {"resume", "evaluate", "device", "torch_threads", "cuda_graph", "compile", "capture_video"}
-        free |= {"seed", "eval_episodes", "prey"} if args.evaluate else {"total_timesteps"}
+        free |= {"prey"} | ({"seed", "eval_episodes"} if args.evaluate else {"total_timesteps"})
         free |= {"denoising_steps"} if args.evaluate and args.policy == "diffusion" else set()
         for name, value in dataclasses.asdict(default).items():
             if getattr(args, name) != value and name not in free:
                 raise BadInput(f"{_flag(name)} cannot be changed for the run in {old}, which has {value}")
     validate(args)
+    if saved and "prey" in saved and checksum(args.prey) != saved["prey"]:
+        if args.resume:
+            raise BadInput(f"--prey {args.prey or 'of the task itself'}: not the one that the run in {old} was trained against")
+        print(f"note      not the prey that the run in {old} was trained against", file=sys.stderr)
     return args, saved
 
 

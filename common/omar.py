@@ -196,16 +196,17 @@ class ParticleVec(gym.vector.VectorEnv):
     def reset(self, *, seed=None, options=None):
         """Starts the copies marked in `options["reset_mask"]`, or all. `seed`: one for each copy, or that of the first."""
         mask = np.ones(self.num_envs, bool) if not options or "reset_mask" not in options else options["reset_mask"]
-        seeds = [seed + i for i in range(self.num_envs)] if isinstance(seed, int) else seed or [None] * self.num_envs
+        if seed is None or np.ndim(seed) == 0:
+            seed = [None if seed is None else int(seed) + i for i in range(self.num_envs)]
         for i in np.flatnonzero(mask):
-            if seeds[i] is not None:
-                self.generators[i], _ = gym.utils.seeding.np_random(seeds[i])
+            if seed[i] is not None:
+                self.generators[i], _ = gym.utils.seeding.np_random(int(seed[i]))
             self.rules.reset_world(self.start, self.generators[i])
             for entity, drawn in zip(self.world.entities, self.start.entities):
                 entity.state.p_pos[:, i], entity.state.p_vel[:, i] = drawn.state.p_pos, drawn.state.p_vel
         self.steps[mask] = 0
         obs = self._observe(self.team)
-        return obs, {"state": obs.reshape(self.num_envs, -1), "agent_rewards": np.zeros(obs.shape[:2], np.float32)}
+        return obs, {"state": obs.reshape(self.num_envs, -1).copy(), "agent_rewards": np.zeros(obs.shape[:2], np.float32)}
 
     def step(self, actions):
         actions, about = np.clip(actions, -1.0, 1.0).astype(np.float32), {}  # [E, N, 2]
@@ -220,7 +221,7 @@ class ParticleVec(gym.vector.VectorEnv):
         obs, rewards = self._observe(self.team), self._rewards(self.team)
         if self.prey:
             about |= {"prey_next_obs": self._observe(self.prey)[:, 0], "prey_reward": self._rewards(self.prey)[:, 0]}
-        about |= {"state": obs.reshape(self.num_envs, -1), "agent_rewards": rewards}
+        about |= {"state": obs.reshape(self.num_envs, -1).copy(), "agent_rewards": rewards}
         return obs, rewards.mean(1).astype(np.float64), np.zeros(self.num_envs, bool), self.steps >= HORIZON, about
 
     def _observe(self, agents) -> np.ndarray:
@@ -294,7 +295,7 @@ def load_prey(path: str, obs_size: int) -> FilePrey:
     for layer, (n_in, n_out) in {"fc1": (obs_size, 64), "fc2": (64, 64), "fc3": (64, 2)}.items():
         shapes |= {f"{layer}.weight": (n_out, n_in), f"{layer}.bias": (n_out,)}
     if not Path(path).is_file():
-        raise ValueError(f"{path}: there is no such file")
+        raise ValueError(f"{path}: {'a folder, not a file' if Path(path).is_dir() else 'there is no such file'}")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -313,4 +314,6 @@ def load_prey(path: str, obs_size: int) -> FilePrey:
             raise ValueError(f"{path}: {name} has shape {list(weights[name].shape)}, this task needs {list(shape)}")
         if not np.isfinite(weights[name]).all():
             raise ValueError(f"{path}: {name} has a value that is not finite")
+    if weights["in_fn.running_var"].min() < 0:
+        raise ValueError(f"{path}: in_fn.running_var has a negative value")
     return FilePrey(weights)

@@ -17,5 +17,5 @@ case "${1:-}" in
     EPISODES=200
     keep halfcheetah_2x3 medium 230000
     keep halfcheetah_2x3 expert 37000 --num-envs 1 --updates-per-step 1 --eval-every 2000 --learning-starts 5000 ;;
-  *) sed -n 2,3p "$0"; exit 2 ;;
+  *) sed -n 2,3p datasets/policies.sh; exit 2 ;;
 esac

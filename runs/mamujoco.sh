@@ -32,5 +32,5 @@ case "${1:-}" in
       for steps in 8 4 2 1; do python omad.py --evaluate "$folder" --seed 1000 --eval-episodes 50 --denoising-steps $steps; done > "$folder/steps.txt.tmp"
       mv "$folder/steps.txt.tmp" "$folder/steps.txt"
     done ;;
-  *) sed -n 2,8p "$0"; exit 2 ;;
+  *) sed -n 2,7p runs/mamujoco.sh; exit 2 ;;
 esac

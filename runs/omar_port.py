@@ -33,6 +33,10 @@ class Options:
     """OMAR's prey of simple_world"""
 
 
+# The last two columns: how far our mean is from the one measured there, in standard errors of a difference between two means of 400
+# episodes each; and how many of our blocks of 400 episodes lie within two standard errors of their own from it.
+
+
 def play(scenario: str, prey: str, episodes: int) -> np.ndarray:
     """Team returns of uniformly random actions."""
     envs, generator, returns = ParticleVec(scenario, episodes, prey), np.random.default_rng(5), np.zeros(episodes)
@@ -52,21 +56,21 @@ def main() -> int:
     except ValueError as error:
         print(f"omar_port.py: error: {error}", file=sys.stderr)
         return 2
-    print(
-        "| task | prey | here, 40,000 episodes | OMAR's random data | measured in OMAR's environment | blocks of 400 within two standard errors of that |"
-    )
-    print("|---|---|---|---|---|---|")
+    print("| task | prey | here, 40,000 episodes | OMAR's random data | measured in OMAR's environment | difference from that | blocks |")
+    print("|---|---|---|---|---|---|---|")
     for scenario, file in files.items():
         for prey in dict.fromkeys([file, ""]):
             returns = play(scenario, prey, EPISODES)
             blocks = returns.reshape(-1, BLOCK)
-            near = abs(blocks.mean(1) - MEASURED[scenario][0]) < 2 * blocks.std(1) / BLOCK**0.5
+            there, spread = MEASURED[scenario]
+            near = abs(blocks.mean(1) - there) < 2 * blocks.std(1) / BLOCK**0.5
+            apart = (returns.mean() - there) / np.hypot(returns.std(), spread) * BLOCK**0.5  # in standard errors, 400 episodes each
             theirs = scenario == "simple_spread" or prey
             figures = [f"{mean:g} ± {std:g}" for mean, std in (DATA[scenario], MEASURED[scenario])]
             cells = [
                 f"`omar_{scenario}`", "–" if scenario == "simple_spread" else "OMAR's" if prey else "the project's own",
                 f"{returns.mean():.2f} ± {returns.std():.2f} (± {returns.std() / EPISODES**0.5:.2f})",
-                *(figures if theirs else ["–", "–"]), f"{near.sum()} of {len(near)}" if theirs else "–",
+                *([*figures, f"{apart:+.1f} s.e.", f"{near.sum()} of {len(near)}"] if theirs else "––––"),
             ]  # fmt: skip
             print(f"| {' | '.join(cells)} |".replace(" -", " −"))
     return 0

@@ -25,5 +25,5 @@ case "${1:-}" in
       python omad.py --evaluate "$folder" --seed 1000 --eval-episodes 1000 > "$folder/fresh.txt.tmp"
       mv "$folder/fresh.txt.tmp" "$folder/fresh.txt"
     done ;;
-  *) sed -n 2,7p "$0"; exit 2 ;;
+  *) sed -n 2,7p runs/simple_spread.sh; exit 2 ;;
 esac
