@@ -856,8 +856,9 @@ def test_agent_arrays_are_indexed_by_rows_and_agent():
         and array[1, 1].tolist() == [13, 14, 15]
     )
     assert array[np.array([1, 0]), 1].shape == (2, 3) and array[:, 0].dtype == np.float32
-    array[:, 0][:] = 7  # a copy
-    assert array[0, 0].tolist() == [6, 7]
+    whole = AgentArray([np.ones((4, 2), np.float32)])
+    whole[:2, 0][:] = 7  # a copy
+    assert whole[0, 0].tolist() == [1, 1]
     for key in ((slice(None), slice(2)), (0, 0, 0), ([0, 1], [0, 1]), ..., (..., 0), None, True, (None, 0), (0, True)):
         with pytest.raises(IndexError, match="by rows"):
             array[key]
@@ -1011,6 +1012,37 @@ def test_to_a_vault_and_back(name, rows, made, tmp_path, monkeypatch, capsys):
     assert code == 2 and len(err.splitlines()) == 1 and not (tmp_path / "wrong").exists()
 
 
+@needs_tensorstore
+def test_other_vaults(made, tmp_path, monkeypatch, capsys):
+    """A copy of the joint state for each agent, as some systems keep it; and a vault without rows."""
+    folder, rows = made("omar_halfcheetah_2x3-random", 2000), 2000
+    assert converted(monkeypatch, capsys, "to-vault", folder, "--out", tmp_path / "a.vlt/Good")[0] == 0
+    for kind, same in (("copies", True), ("differ", False)):
+        vault = tmp_path / f"{kind}.vlt"
+        shutil.copytree(tmp_path / "a.vlt/Good", vault)
+        states = np.repeat(np.load(folder / "states_0.npy")[:, None], 2, 1)
+        states[5, 1] += 0.0 if same else 1.0
+        shutil.rmtree(vault)
+        arrays = {"infos.state.": states}
+        for name in ("observations.", "actions.", "rewards.", "terminals.", "truncations."):
+            arrays[name] = convert.store(tmp_path / "a.vlt/Good", name)[0, :rows].read().result()
+        vault.mkdir()
+        for name, array in arrays.items():
+            how = dict(shape=(1, convert.LENGTH, *array.shape[1:]), dtype=array.dtype.name, create=True)
+            convert.store(vault, name, **how)[:, :rows].write(array[None]).result()
+        shutil.copy(tmp_path / "a.vlt/Good/metadata.json", vault)
+        for count in (rows, 0):
+            index = convert.store(vault, "vault_index", shape=(1,), dtype="int32", create=True, delete_existing=True)
+            index.write(np.array([count], np.int32)).result()
+            out = tmp_path / f"{kind}-{count}"
+            code, told, err = converted(monkeypatch, capsys, "from-vault", vault, "--env-id", "omar_halfcheetah_2x3", "--out", out)
+            if count:
+                assert code == 0 and ("left out: states, which differ from agent to agent" in told) != same, err
+                assert (load_dataset(out).state is not None) == same
+            else:
+                assert code == 2 and "vault_index says 0 rows" in err and not out.exists()
+
+
 def test_without_tensorstore_vaults_are_refused_in_one_line(made, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tensorstore", None)
     folder = made("omar_simple_spread-random", 1000)
@@ -1022,7 +1054,8 @@ def test_without_tensorstore_vaults_are_refused_in_one_line(made, tmp_path, monk
 
 @needs_tensorstore
 def test_what_is_no_vault_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
-    for content in (None, "{", '{"version": 1.2}', '{"version": 7.0, "structure_shape": {}}'):
+    for content in (None, "{", '{"version": 1.2}', '{"version": 7.0, "structure_shape": {}}', '{"version": NaN, "structure_shape": {}}',
+                    '{"version": Infinity, "structure_shape": {}}', "[" * 100_000):  # fmt: skip
         if content:
             (tmp_path / "metadata.json").write_text(content)
         code, _, err = converted(
@@ -1101,7 +1134,8 @@ def test_bad_files_of_madiff_are_refused_in_one_line(lengths, extra, reason, tmp
     code, _, err = converted(
         monkeypatch, capsys, "from-madiff", folder, "--env-id", "mamujoco_halfcheetah_2x3", "--out", tmp_path / "new"
     )
-    assert code == 2 and reason in err and len(err.splitlines()) == 1 and not [*tmp_path.glob("*new*")]
+    assert code == 2 and reason in err and str(folder) in err and len(err.splitlines()) == 1 and not [*tmp_path.glob("*new*")]
+    assert str(tmp_path / "new") not in err  # which is gone again
 
 
 def test_wild_actions_of_others_are_clipped_and_counted(tmp_path, monkeypatch, capsys):
