@@ -208,7 +208,9 @@ def load_dataset(
     env_id = _find_task(folder, card, env_id)
     try:
         if named and card and (card["task"], card.get("split"), card.get("seed")) != (*split_name(str(source)), data_seed):
-            raise DataError(f"{folder}: its card says {card['task']}-{card.get('split')}, seed {card.get('seed')}: not what its path says")
+            raise DataError(
+                f"{folder}: its card says {card['task']}-{card.get('split')}, seed {card.get('seed')}: not what its path says"
+            )
         files, agents = _open_files(folder, env_id, card)
         marks = _check_values(folder, env_id, files, agents)
         episodes, terminations, truncations = split_episodes(env_id, marks)
@@ -299,7 +301,9 @@ class Writer:
         needed = 4 * self.transitions * sum(math.prod(shape) for shape in shapes.values())
         free = shutil.disk_usage(self.temporary).free
         if needed > free:
-            raise OSError(errno.ENOSPC, f"{needed / 1e9:,.1f} GB are needed, the disk has {free / 1e9:,.1f} GB left", str(self.folder))
+            raise OSError(
+                errno.ENOSPC, f"{needed / 1e9:,.1f} GB are needed, the disk has {free / 1e9:,.1f} GB left", str(self.folder)
+            )
 
     def _open(self, path: Path, shape: tuple[int, ...]) -> np.memmap:
         if self.done:
@@ -552,7 +556,9 @@ def _check_order(folder: Path, files: dict[str, np.ndarray], ends: np.ndarray, f
                 )
 
 
-def _check_agents(folder: Path, env_id: str, files: dict, agents: int, episodes: np.ndarray, kept: np.ndarray, sample: bool) -> None:
+def _check_agents(
+    folder: Path, env_id: str, files: dict, agents: int, episodes: np.ndarray, kept: np.ndarray, sample: bool
+) -> None:
     """Files belong to their agents: in the particle tasks by physics and rewards, in HalfCheetah by the joint state.
 
     With `sample`, only 200 episodes of the particle tasks are looked at: there are checksums.

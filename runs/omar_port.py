@@ -56,7 +56,9 @@ def main() -> int:
     except ValueError as error:
         print(f"omar_port.py: error: {error}", file=sys.stderr)
         return 2
-    print("| task | prey | here, 40,000 episodes | OMAR's random data | measured in OMAR's environment | difference from that | blocks |")
+    print(
+        "| task | prey | here, 40,000 episodes | OMAR's random data | measured in OMAR's environment | difference from that | blocks |"
+    )
     print("|---|---|---|---|---|---|---|")
     for scenario, file in files.items():
         for prey in dict.fromkeys([file, ""]):

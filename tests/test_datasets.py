@@ -719,7 +719,7 @@ SUBTLE = {  # task, damage -> what the message says; none of it shows in shapes 
     "a new start for a last observation": ("spread", first_for_last, ["next_obs_0.npy, row 24: the agent is not where its velocity took it", "not the first of the next"]),
     "a far place at the end": ("tag", put("next_obs_0", (24, 0), 1e30), ["next_obs_0.npy, row 24: the agent is not where"]),
     "another place of a friend at the end": ("tag", put("next_obs_1", (49, 9), 0.123), ["next_obs_1.npy, row 49: sees agent 0 where"]),
-    "another velocity of the prey": ("tag", lambda f: [put(f"obs_1", (60, 15), 0.7)(f), put("next_obs_1", (59, 15), 0.7)(f)], ["obs_1.npy, row 60: sees the prey's velocity where"]),
+    "another velocity of the prey": ("tag", lambda f: [put("obs_1", (60, 15), 0.7)(f), put("next_obs_1", (59, 15), 0.7)(f)], ["obs_1.npy, row 60: sees the prey's velocity where"]),
     "another reward": ("cheetah", put("rews_1", 1500, 3.0), ["rews_1.npy, row 1,500: not as for agent 0"]),
     "a number too large": ("cheetah", change("rews_0", lambda a: np.where(np.arange(2000) == 3, 1e300, a.astype(float))), ["rews_0.npy, row 3: 1e+300 is not finite"]),
 }  # fmt: skip
