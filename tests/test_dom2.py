@@ -1,0 +1,432 @@
+"""DOM2: the solver, the losses and the reweighting against what they should do, and the program as a user types it."""
+
+import csv
+import dataclasses
+import inspect
+import json
+import math
+import shutil
+
+import collect
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import dom2
+import omad
+from common.datasets import load_dataset
+from common.envs import make_env
+
+ONE = torch.ones(1, 1, dtype=torch.bool)  # one agent that sees one number and does one thing
+
+
+def args(**values):
+    return dataclasses.replace(dom2.Args(), **dict(policy_hidden=16, critic_hidden=32, network="mlp") | values)
+
+
+def agent(**values):
+    """One agent, one observation, one action."""
+    torch.manual_seed(0)
+    space = type("Space", (), dict(obs_mask=np.ones((1, 1), bool), action_mask=np.ones((1, 1), bool), num_agents=1))
+    return dom2.DOM2(space, args(**values), torch.device("cpu"))
+
+
+# --- the policy ---
+
+
+def test_alpha_and_sigma_are_those_of_the_sde():
+    """log alpha_t = -1/2 of the integral of beta(s) = 0.1 + 19.9 s from 0 to t; alpha^2 + sigma^2 = 1."""
+    policy, t = agent().policy, torch.linspace(0.001, 1, 50)
+    alpha, sigma = policy.scales(t)
+    for k in range(50):
+        s = np.linspace(0, t[k].item(), 10_001)
+        assert alpha[k].item() == pytest.approx(math.exp(-0.5 * np.trapezoid(0.1 + 19.9 * s, s)), rel=1e-4)
+    torch.testing.assert_close(alpha**2 + sigma**2, torch.ones(50))
+
+
+class Exact(dom2.DiffusionPolicy):
+    """Predicts the noise exactly, for actions ~ N(mean, std^2)."""
+
+    mean, std = 0.2, 0.1
+
+    def predict(self, x, obs, t):
+        alpha, sigma = self.scales(t)
+        return sigma * (x - alpha * self.mean) / (alpha**2 * self.std**2 + sigma**2)
+
+    def flow(self, x):
+        """Where the differential equation itself takes x from t = 1 to its end."""
+        (a1, a0), (s1, s0) = (scale[[0, -1]] for scale in self.scales(self.times))
+        spread = lambda alpha, sigma: (alpha**2 * self.std**2 + sigma**2).sqrt()
+        return a0 * self.mean + spread(a0, s0) * (x - a1 * self.mean) / spread(a1, s1)
+
+
+def test_the_solver_ends_where_the_differential_equation_does():
+    """Closed form for a Gaussian with its exact noise, and first-order convergence: twice the steps, half the error."""
+    noise = torch.linspace(-2.5, 2.5, 101).view(1, -1, 1)
+    errors = []
+    for steps in (10, 20, 40, 80, 160):
+        policy = Exact(ONE, ONE, args(solver_steps=steps)).double()
+        policy.set_steps(steps)
+        errors.append((policy(torch.zeros(1, 101, 1).double(), noise.double()) - policy.flow(noise.double())).abs().max().item())
+    ratios = np.divide(errors[:-1], errors[1:])
+    assert errors[-1] < 0.005 and (np.abs(ratios[1:] - 2) < 0.35).all(), (errors, ratios)
+    policy.set_steps(5)  # the default: a standard deviation of 0.1 must not collapse, as it does to 0.024 with uniform steps
+    samples = policy(
+        torch.zeros(1, 20_000, 1).double(), torch.randn(1, 20_000, 1, generator=torch.Generator().manual_seed(0)).double()
+    )
+    assert samples.mean().item() == pytest.approx(0.2, abs=0.01) and 0.05 < samples.std().item() < 0.11
+
+
+def test_one_step_is_the_formula_of_the_paper():
+    """x_t = (alpha_t / alpha_s) x_s - sigma_t (exp(lambda_t - lambda_s) - 1) eps, where nothing is clipped."""
+    policy = Exact(ONE, ONE, args(solver_steps=7)).double()
+    policy.set_steps(7)
+    x = torch.linspace(-1, 1, 9).double().view(1, -1, 1)
+    want, (alpha, sigma) = x, policy.scales(policy.times)
+    lam = (alpha / sigma).log()
+    for k in range(7):
+        eps = policy.predict(want, None, policy.times[k].view(1, 1, 1))
+        want = alpha[k + 1] / alpha[k] * want - sigma[k + 1] * ((lam[k + 1] - lam[k]).exp() - 1) * eps
+    torch.testing.assert_close(policy(torch.zeros(1, 9, 1).double(), x), want, rtol=1e-5, atol=1e-6)
+
+
+def fit(learner, actions, updates, critic=None, obs=None):
+    """Trains the policy of one agent on these actions [B]; `critic` stands in for the learned one."""
+    generator = torch.Generator().manual_seed(0)
+    actions = torch.tensor(actions, dtype=torch.float32)
+    optimizer = torch.optim.Adam(learner.policy.parameters(), 3e-3)
+    for _ in range(updates):
+        pick = actions[torch.randint(len(actions), (256,), generator=generator)].view(1, -1, 1)
+        batch = {"obs": torch.zeros(1, 256, 1), "action": pick}
+        t = 1e-3 + (1 - 1e-3) * torch.rand(1, 256, 1, generator=generator)
+        loss, _ = dom2.imitation_loss(learner.policy, batch, t, torch.randn(1, 256, 1, generator=generator))
+        if critic:
+            noise = learner.policy.noise(128, generator)
+            loss = loss + dom2.value_loss(learner.policy, critic, batch, noise, torch.ones(1), learner.args)[0]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        return learner.policy(torch.zeros(1, 4000, 1), learner.policy.noise(4000, generator)).flatten().numpy()
+
+
+TWO_MODES = np.concatenate([np.full(500, -0.6), np.full(500, 0.6)]) + np.random.default_rng(0).normal(0, 0.05, 1000)
+
+
+@pytest.mark.parametrize("network", ["mlp", "unet"])
+def test_imitation_keeps_both_modes(network):
+    """The data never do 0, their mean."""
+    samples = fit(agent(policy_hidden=32, network=network), TWO_MODES, 1500)
+    left, right, between = ((samples < -0.4).mean(), (samples > 0.4).mean(), (np.abs(samples) < 0.3).mean())
+    assert 0.35 < left < 0.65 and 0.35 < right < 0.65 and between < 0.06, (left, right, between)
+
+
+def test_the_critic_s_gradient_moves_mass_to_the_better_mode():
+    value = lambda obs, action: torch.tanh(5 * action.squeeze(-1)).expand(2, -1, -1)  # the right mode is better by 2
+    before, after = (fit(agent(policy_hidden=32, q_weight=q), TWO_MODES, 1500, value if q else None) for q in (0.0, 0.1))
+    assert (before > 0.4).mean() < 0.65 and (after > 0.4).mean() > 0.85 and (after < -0.4).mean() < 0.1
+    assert np.abs(after[after > 0.4] - 0.6).mean() < 0.25  # still what the data do
+
+
+# --- the losses ---
+
+
+class Table(nn.Module):
+    """A stand-in for a critic: value(obs, action) -> [Q, N, B]."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, obs, action):
+        return self.function(obs.squeeze(-1), action.squeeze(-1))
+
+
+def batch_of(reward, terminated, obs=0.0, next_obs=0.0, action=0.0):
+    full = lambda value: torch.as_tensor(value, dtype=torch.float32).expand(1, len(reward))
+    return {
+        "obs": full(obs)[..., None], "next_obs": full(next_obs)[..., None], "action": full(action)[..., None],
+        "reward": full(reward), "terminated": full(terminated),
+    }  # fmt: skip
+
+
+def test_the_critic_s_target_by_hand():
+    """r + gamma (1 - terminated) min_k Q'_k(o', b'): two critics worth 3 and 5 next, gamma 0.5."""
+    policy = lambda obs, noise: torch.full((1, 3, 1), 0.25)
+    slow = Table(lambda obs, action: torch.stack([3.0 + 0 * action, 5.0 + 0 * action]) + action - 0.25)
+    now = Table(lambda obs, action: torch.stack([1.0 + 0 * obs, 2.0 + 0 * obs]))
+    batch = batch_of([1.0, 10.0, -2.0], [0.0, 1.0, 0.0])
+    uniform = torch.zeros(4, 1, 3, 1)
+    _, logs, _ = dom2.critic_loss(now, slow, policy, batch, None, uniform, args(gamma=0.5, cql_weight=0.0))
+    goals = np.array([1 + 1.5, 10.0, -2 + 1.5])  # where it terminated, nothing follows
+    assert logs["losses/td"].item() == pytest.approx(np.mean((1 - goals) ** 2) + np.mean((2 - goals) ** 2), rel=1e-6)
+
+
+def test_the_cql_term_by_hand():
+    """log sum exp over the M actions, minus the value of the action in the data, in each critic; on the first rows only."""
+    critic = Table(lambda obs, action: torch.stack([2 * action, 3 * action]))
+    batch = batch_of([0.0, 0.0], [1.0, 1.0], action=[0.5, 0.9])
+    uniform = torch.tensor([-1.0, 0.0, 1.0]).view(3, 1, 1, 1)  # one row
+    loss, logs, spread = dom2.critic_loss(critic, critic, lambda obs, noise: obs, batch, None, uniform, args(cql_weight=2.0))
+    gap = [np.log(np.exp([-k, 0.0, k]).sum()) - 0.5 * k for k in (2, 3)]
+    assert logs["losses/cql"].item() == pytest.approx(sum(gap), rel=1e-6)
+    assert loss.item() == pytest.approx(sum(np.mean([(k * 0.5) ** 2, (k * 0.9) ** 2]) for k in (2, 3)) + 2 * sum(gap), rel=1e-6)
+    assert spread.item() == pytest.approx(np.std([-2, 0, 2], ddof=1))
+
+
+def test_cql_is_pessimistic_outside_the_data_and_keeps_the_ranking_inside():
+    """A bandit whose data have the actions -0.5, 0 and 0.5 only, worth 1, 2 and 3."""
+    learner = agent(cql_weight=0.5, policy="deterministic")
+    rng, optimizer = np.random.default_rng(0), torch.optim.Adam(learner.critic.parameters(), 3e-3)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(1500):
+        pick = rng.integers(3, size=128)
+        batch = batch_of((1.0 + pick).tolist(), [1.0] * 128, action=(0.5 * pick - 0.5).tolist())
+        uniform = torch.rand(10, 1, 128, 1, generator=generator) * 2 - 1
+        loss, _, _ = dom2.critic_loss(learner.critic, learner.slow_critic, learner.slow_policy, batch, None, uniform, learner.args)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    grid = torch.tensor([-0.5, 0.0, 0.5, -1.0, 1.0]).view(1, 5, 1)
+    low, middle, high, far_left, far_right = learner.critic(torch.zeros(1, 5, 1), grid).mean(0).flatten().tolist()
+    assert low < middle < high and far_left < low and far_right < high
+
+
+@pytest.mark.parametrize("form, scale", [("spread", 7.0), ("mean", 4.0)])
+def test_the_value_loss_by_hand(form, scale):
+    """-eta times the lower critic's value, in units of the spread given or of mean |Q|; the gradient reaches the policy only."""
+    critic = Table(lambda obs, action: torch.stack([4 * action - 6, 4 * action]))
+    policy = lambda obs, noise: torch.full((1, 2, 1), 0.5, requires_grad=True)
+    batch = batch_of([0.0, 0.0], [0.0, 0.0])
+    loss, _ = dom2.value_loss(policy, critic, batch, None, torch.tensor([7.0]), args(q_scale=form, q_weight=3.0))
+    assert loss.item() == pytest.approx(-3 * (4 * 0.5 - 6) / scale)
+
+
+# --- reweighting ---
+
+
+def test_weights_of_trajectories():
+    returns = np.array([0.0, 1.0, 2.0, 3.0, 4.0])
+    assert dom2.trajectory_weights(returns, 2, 1.0).tolist() == [1, 1, 2, 2, 3]  # thresholds at the mean, 2, and the best, 4
+    assert dom2.trajectory_weights(returns, 3, 1.0).tolist() == [1, 1, 2, 3, 4]
+    assert dom2.trajectory_weights(returns, 0, 1.0).tolist() == [1] * 5
+    assert dom2.trajectory_weights(np.full(4, 7.0), 2, 0.98).tolist() == [3] * 4  # all alike: weights of no effect
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    return collect.collect(collect.Options("omar_simple_spread-random", 2000, out=root))
+
+
+def test_reweighting_is_as_if_good_trajectories_were_in_the_data_several_times(folder):
+    data, env = load_dataset(folder), make_env("omar_simple_spread")
+    table = dom2.Data(data, env, args(thresholds=2), torch.device("cpu"))
+    weights = dom2.trajectory_weights(data.returns, 2, 0.98)
+    assert set(weights) == {1, 2, 3}
+    counts = np.bincount(table.rows.numpy(), minlength=2000)
+    np.testing.assert_array_equal(counts, np.repeat(weights, 25))
+    plain = dom2.Data(data, env, args(reweight=False), torch.device("cpu"))
+    np.testing.assert_array_equal(plain.rows.numpy(), np.arange(2000))
+    drawn = table.draw(200_000, torch.Generator().manual_seed(0)).numpy() // 25
+    np.testing.assert_allclose(np.bincount(drawn, minlength=80) / 200_000, weights / weights.sum(), rtol=0.2)
+    unknown = dataclasses.replace(data, next_known=~data.truncations)  # rows without a next observation are never drawn
+    rows = dom2.Data(unknown, env, args(), torch.device("cpu")).rows.numpy()
+    assert len(rows) and not (rows % 25 == 24).any()
+
+
+def test_a_batch_is_rows_of_the_data(folder):
+    data = load_dataset(folder)
+    ended = dataclasses.replace(data, terminations=np.arange(2000) % 7 == 0)
+    table = dom2.Data(ended, make_env("omar_simple_spread"), args(), torch.device("cpu"))
+    index = torch.tensor([3, 1999, 14])
+    batch = table.sample(index)
+    for name, source in (("obs", data.obs), ("next_obs", data.next_obs), ("action", data.actions)):
+        np.testing.assert_array_equal(batch[name].numpy(), source[index.numpy()].transpose(1, 0, 2))
+    np.testing.assert_array_equal(batch["reward"].numpy(), data.rewards[index.numpy()].T)
+    np.testing.assert_array_equal(batch["terminated"].numpy(), [[0, 0, 1]] * 3)
+
+
+# --- the update ---
+
+
+@pytest.mark.parametrize("policy", ["diffusion", "deterministic"])
+def test_agents_do_not_learn_from_each_other(policy, folder):
+    """Fully decentralised: other numbers in the rows of agent 2 change nothing in agents 0 and 1, not even by rounding."""
+    env, setting = make_env("omar_simple_spread"), args(policy=policy, batch_size=32, network="unet", grad_clip=0.5)
+    learners = []
+    for other in (False, True):
+        torch.manual_seed(0)
+        learner = dom2.DOM2(env, setting, torch.device("cpu"))
+        table = dom2.Data(load_dataset(folder), env, setting, torch.device("cpu"))
+        if other:
+            table.table[:, 2] = table.table[:, 2].roll(5, 0) * 0.5
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(5):
+            learner.update(table.sample(table.draw(32, generator)), *learner.draw(generator))
+        learners.append(learner)
+    changed = 0
+    for (name, a), b in zip(learners[0].named_parameters(), learners[1].parameters()):
+        a, b = a.view(-1, 3, *a.shape[1:]), b.view(-1, 3, *b.shape[1:])  # critics: [Q * N, ...]
+        torch.testing.assert_close(a[:, :2], b[:, :2], rtol=0, atol=0, msg=name)
+        changed += not torch.equal(a[:, 2], b[:, 2])
+    assert changed > 10
+
+
+@pytest.mark.parametrize(
+    "values", [dict(), dict(policy="deterministic"), dict(q_weight=0.0), dict(network="unet"), dict(q_scale="mean")]
+)
+def test_an_update_moves_everything_that_learns(values, folder):
+    env, setting = make_env("omar_simple_spread"), args(batch_size=32, **values)
+    learner, table = (
+        dom2.DOM2(env, setting, torch.device("cpu")),
+        dom2.Data(load_dataset(folder), env, setting, torch.device("cpu")),
+    )
+    before = {name: p.detach().clone() for name, p in learner.named_parameters()}
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(2):
+        logs = learner.update(table.sample(table.draw(32, generator)), *learner.draw(generator))
+    still = [name for name, p in learner.named_parameters() if torch.equal(p, before[name])]
+    assert not still and all(value.isfinite() for value in logs.values())
+    for slow, fast in ((learner.slow_policy, learner.policy), (learner.slow_critic, learner.critic)):
+        for (name, s), f in zip(slow.named_parameters(), fast.parameters()):
+            assert (s - f).abs().max() > 0, name
+
+
+# --- the program ---
+
+SHORT = (
+    "--total-updates 40 --eval-every 10 --eval-episodes 3 --batch-size 32 --policy-hidden 16 --critic-hidden 16 --network mlp "
+    "--solver-steps 3 --device cpu"
+).split()
+
+
+@pytest.fixture
+def cli(tmp_path, capsys, folder, monkeypatch):
+    """Runs dom2.main in this process: cli("--seed", "1") -> (exit code, stdout, stderr). Runs land in tmp_path."""
+    monkeypatch.setattr("common.datasets.DATA", folder.parents[2])
+
+    def call(*argv, run_dir=True):
+        capsys.readouterr()
+        code = dom2.main([*map(str, argv), *(["--run-dir", str(tmp_path)] if run_dir else [])])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+def curve(run):
+    return [{k: v for k, v in row.items() if k != "wall_time_s"} for row in csv.DictReader((run / "eval.csv").open())]
+
+
+def test_a_whole_run(cli, tmp_path):
+    code, out, err = cli("--dataset", "omar_simple_spread-random", *SHORT)
+    assert code == 0, err
+    for word in (
+        "task ",
+        "data ",
+        "2,000 transitions",
+        "sizes ",
+        "device ",
+        "parameters",
+        "expected ",
+        "logs ",
+        "eval at update 40",
+    ):
+        assert word in out, word
+    (run,) = tmp_path.glob("omar_simple_spread-random__dom2__1__*")
+    assert {"config.json", "eval.csv", "checkpoint.pt", "curve.png"} <= {p.name for p in run.iterdir()} and not list(
+        run.glob("*.tmp")
+    )
+    assert [row["step"] for row in curve(run)] == ["0", "10", "20", "30", "40"]
+    row = curve(run)[-1]
+    assert float(row["normalized_score"]) == pytest.approx(100 * (float(row["return_mean"]) - 159.8) / (516.8 - 159.8))
+    assert json.loads((run / "config.json").read_bytes())["args"]["policy_hidden"] == 16
+    last = out.splitlines()[-2].split("return ")[1].split(" over")[0]
+    code, out, err = cli("--evaluate", run, run_dir=False)
+    assert code == 0 and last in out and "3 solver steps" in out, err
+    code, out, err = cli("--evaluate", run, "--solver-steps", 1, "--seed", 5, run_dir=False)
+    assert code == 0 and "1 solver steps" in out and last not in out, err
+
+
+def test_the_same_seed_is_the_same_run_and_a_resumed_one_too(cli, tmp_path, monkeypatch):
+    argv = ["--dataset", "omar_simple_spread-random", *SHORT]
+    for seed in (3, 3, 4):
+        assert cli(*argv, "--seed", seed)[0] == 0
+    one, two, other = sorted(tmp_path.glob("*__dom2__*"), key=lambda path: (path.name.split("__")[2], path.name))
+    assert curve(one) == curve(two) != curve(other)
+    with monkeypatch.context() as patch:
+        calls = iter(range(10**6))
+        step = dom2.Learner.step
+
+        def stop(self, generator):
+            if next(calls) == 27:
+                raise KeyboardInterrupt
+            return step(self, generator)
+
+        patch.setattr(dom2.Learner, "step", stop)
+        assert cli(*argv, "--seed", 3)[0] == 130
+    cut = max(tmp_path.glob("*__dom2__3__*"), key=lambda path: path.stat().st_mtime)
+    assert len(curve(cut)) == 3
+    code, _, err = cli("--resume", cut, run_dir=False)
+    assert code == 0 and curve(cut) == curve(one), err
+    same = [torch.load(run / "checkpoint.pt", weights_only=True)["agent"] for run in (cut, one)]
+    assert all(torch.equal(same[0][name], same[1][name]) for name in same[0])
+
+
+def test_data_that_are_missing_are_made(tmp_path, cli, monkeypatch):
+    calls = []
+    monkeypatch.setattr(dom2.subprocess, "run", lambda command, **_: calls.append(command) or type("Done", (), dict(returncode=1)))
+    code, out, err = cli(*SHORT)  # the default
+    assert code == 2 and "omar_simple_spread-medium is not there yet: making it" in out and "could not be made" in err
+    assert calls[0][1:] == [
+        str(dom2.Path(dom2.__file__).parent / "datasets/collect.py"),
+        "--dataset",
+        "omar_simple_spread-medium",
+        "--seed",
+        "0",
+    ]
+
+
+@pytest.mark.parametrize(
+    "argv, reason",
+    [
+        (["--dataset", "omar_simple_spred-medium"], "did you mean omar_simple_spread-medium"),
+        (["--q-wieght", "1"], "did you mean --q-weight"),
+        (["--gamma", "1.5"], "--gamma 1.5 is out of range"),
+        (["--dataset", "nowhere/at/all"], "there is no such folder"),
+        (["--env-id", "omar_simple_tag"], "--env-id omar_simple_tag: omar_simple_spread-medium is of omar_simple_spread"),
+        (["--observation", "full"], "--observation"),
+        (["--prey", "prey.pt"], "has no prey"),
+        (["--resume", "nowhere"], "no run there"),
+        (["--policy", "deterministic", "--q-weight", "0"], "nothing to learn from"),
+    ],
+)
+def test_bad_input_is_one_line(argv, reason, cli, tmp_path):
+    code, out, err = cli(*argv)
+    assert code == 2 and reason in err and err.startswith("dom2.py: error: ") and len(err.splitlines()) == 1 and not out
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_on_other_data_is_not_gone_on_with(cli, tmp_path, folder):
+    other = tmp_path / "own" / "simple_spread"
+    shutil.copytree(folder, other)
+    code, _, err = cli("--dataset", other, *SHORT)
+    assert code == 0, err
+    (run,) = tmp_path.glob("*__dom2__*")
+    (other / "card.json").unlink()
+    for path in other.glob("*.npy"):
+        np.save(path, np.load(path)[:1000])
+    code, _, err = cli("--resume", run, run_dir=False)
+    assert code == 2 and "trained on other data" in err and len(err.splitlines()) == 1
+
+
+def test_what_both_files_hold_is_the_same():
+    """The two methods share no code, so that each can be read and forked alone; but plumbing that is the same must stay so."""
+    same = ("ParallelLinear", "Captured", "unchanged", "pick_device", "write", "write_config", "checksum", "read_flags", "mix_seed",
+            "evaluation_seed", "_duration", "_flag", "_first_line", "BadInput", "FailedRun")  # fmt: skip
+    for name in same:
+        assert inspect.getsource(getattr(omad, name)) == inspect.getsource(getattr(dom2, name)), name
+    one, other = (inspect.getsource(module.evaluate).replace(kind, "") for module, kind in ((omad, "OMAD"), (dom2, "DOM2")))
+    assert one == other
