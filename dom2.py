@@ -411,10 +411,14 @@ def value_loss(policy: nn.Module, critic: Critic, batch: dict[str, Tensor], nois
     scale, of each agent and without gradient, is E|Q(o, a)| in the paper's form; by default how much Q varies over actions
     [deviation E4], because where returns are large and actions matter little, the paper's makes every eta too small.
     """
-    obs = batch["obs"] if noise is None else batch["obs"][:, : noise.shape[1]]
+    rows = batch["obs"].shape[1] if noise is None else noise.shape[1]
+    obs = batch["obs"][:, :rows]
     action = policy(obs, noise)
-    value = critic(obs, action).amin(0)  # [N, B]
-    scale = spread if args.q_scale == "spread" else value.detach().abs().mean(-1)
+    value = critic(obs, action).amin(0)  # [N, rows]
+    scale = spread
+    if args.q_scale == "mean":
+        with torch.no_grad():
+            scale = critic(obs, batch["action"][:, :rows]).amin(0).abs().mean(-1)
     loss = -(args.q_weight * value.mean(-1) / scale.clamp(min=1e-6)).sum()
     logs = {
         "losses/value": loss.detach(),

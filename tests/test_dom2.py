@@ -193,12 +193,12 @@ def test_cql_is_pessimistic_outside_the_data_and_keeps_the_ranking_inside():
     assert low < middle < high and far_left < low and far_right < high
 
 
-@pytest.mark.parametrize("form, scale", [("spread", 7.0), ("mean", 4.0)])
+@pytest.mark.parametrize("form, scale", [("spread", 7.0), ("mean", 6.0)])
 def test_the_value_loss_by_hand(form, scale):
     """-eta times the lower critic's value, in units of the spread given or of mean |Q|; the gradient reaches the policy only."""
     critic = Table(lambda obs, action: torch.stack([4 * action - 6, 4 * action]))
     policy = lambda obs, noise: torch.full((1, 2, 1), 0.5, requires_grad=True)
-    batch = batch_of([0.0, 0.0], [0.0, 0.0])
+    batch = batch_of([0.0, 0.0], [0.0, 0.0])  # where the data's action 0 is worth -6
     loss, _ = dom2.value_loss(policy, critic, batch, None, torch.tensor([7.0]), args(q_scale=form, q_weight=3.0))
     assert loss.item() == pytest.approx(-3 * (4 * 0.5 - 6) / scale)
 
