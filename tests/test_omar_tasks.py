@@ -1,5 +1,6 @@
 """OMAR's tasks: single steps worked out by hand, many copies against one, the prey, and the port against published figures."""
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from torch import nn
 
 from common.envs import find_task, make_env, make_vec
 from common.omar import PREY_SIZES, SCENARIOS, FilePrey, ParticleVec, ScriptedPrey, load_prey
-from conftest import SHORT
+from conftest import ROOT, SHORT
 
 # Folder with simple_tag.pt and simple_world.pt: OMAR's pretrained_adv_model.pt of both tasks, under these names.
 PREY_FILES = Path(os.environ.get("OMAR_PREY", "no folder given"))
@@ -474,3 +475,25 @@ def test_random_play_scores_as_in_omars_environment(scenario, mean, std, toleran
     assert abs(returns.mean() - measured[0]) < 2 * np.hypot(returns.std(), measured[1]) / 400**0.5
     if scenario in PREY_SIZES:
         assert isinstance(vec.policy, FilePrey)
+
+
+# --- scripted teams ---
+
+
+def test_scripted_teams_are_better_than_random_ones_and_the_cleverer_one_is_better():
+    spec = importlib.util.spec_from_file_location("pursuit", ROOT / "runs" / "pursuit.py")
+    pursuit = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pursuit)
+    for env_id, constants, straight, clever in (
+        ("omar_simple_tag", (0.0895, 5.76, 0.846, 0.0829), 86.9, 169.9), ("omar_simple_world", (0.0789, 4.57, 0.779, 0.0922), 42.3, 86.8),
+    ):  # fmt: skip
+        for known, score in ((None, straight), (np.array(constants), clever)):  # runs/results/pursuit.txt
+            returns = pursuit.play(env_id, known, 500, 7)
+            assert abs(returns.mean() - score) < 4 * returns.std() / 500**0.5, (env_id, known)
+    obs = np.zeros((1, 3, 16), np.float32)
+    obs[0, :, 12:14] = [(3, 4), (0, -2), (-1, 0)]  # where each sees the prey
+    np.testing.assert_allclose(pursuit.steer(obs, 2, None)[0], [(0.6, 0.8), (0, -1), (-1, 0)], atol=1e-6)
+    places = 6 * obs[0, :, 12:14] + np.array([0.5, 0])  # gain 6, distance 0, and the prey's velocity (0.5, 0) is matched
+    obs[..., 14:16] = (0.5, 0)
+    got = pursuit.steer(obs / 100, 2, np.array([0.0, 600.0, 100.0, 0.0]))[0]
+    np.testing.assert_allclose(got, np.clip(places, -1, 1), atol=1e-5)
