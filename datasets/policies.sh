@@ -9,10 +9,11 @@ keep() {  # task, level, steps, more flags
   python omad.py --env-id "omar_$1" --seed 1 --total-timesteps "$3" --run-dir "$folder" "${@:4}"
   python datasets/behaviour.py "$folder"/* --level "$2" ${EPISODES:+--episodes "$EPISODES"}
 }
+WIDE="--policy gaussian --policy-hidden 128 --critic-hidden 256 --updates-per-step 0.125 --target-entropy-scale 8 --eval-every 40000"
 case "${1:-}" in
   spread) keep simple_spread medium 44000; keep simple_spread expert 80000 ;;
-  tag) keep simple_tag medium 116000; keep simple_tag expert 400000 ;;
-  world) keep simple_world medium 192000; keep simple_world expert 400000 ;;
+  tag) keep simple_tag medium 192000 $WIDE; keep simple_tag expert 800000 $WIDE ;;
+  world) keep simple_world medium 160000 $WIDE; keep simple_world expert 480000 $WIDE ;;
   halfcheetah)
     EPISODES=200
     keep halfcheetah_2x3 medium 230000
