@@ -13,7 +13,7 @@ WIDE="--policy gaussian --policy-hidden 128 --critic-hidden 256 --updates-per-st
 case "${1:-}" in
   spread) keep simple_spread medium 44000; keep simple_spread expert 80000 ;;
   tag) keep simple_tag medium 192000 $WIDE; keep simple_tag expert 800000 $WIDE ;;
-  world) keep simple_world medium 160000 $WIDE; keep simple_world expert 480000 $WIDE ;;
+  world) keep simple_world medium 240000 $WIDE; keep simple_world expert 480000 $WIDE ;;
   halfcheetah)
     EPISODES=200
     keep halfcheetah_2x3 medium 230000
