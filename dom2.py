@@ -53,7 +53,7 @@ import tyro
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
-from common.datasets import SCORES, DataError, Dataset, data_folder, load_dataset, split_name
+from common.datasets import SCORES, DataError, Dataset, data_folder, find_env_id, load_dataset
 from common.envs import TeamEnv, UnknownTask, check_observation, find_prey, find_task, make_env, make_vec
 
 # ============================================================================================================================
@@ -164,15 +164,14 @@ LIMITS = {  # smallest and largest value allowed
     "q_weight": (0.0, 1e9), "critic_hidden": (1, BIG), "cql_weight": (0.0, 1e9), "cql_actions": (2, 10_000), "q_rows": (1e-9, 1.0),
     "cql_rows": (1e-9, 1.0), "thresholds": (0, 1000), "top_quantile": (0.0, 1.0),
 }  # fmt: skip
-CHEETAH = dict(gamma=0.99, tau=0.005, policy_lr=3e-4, q_lr=3e-4, eval_episodes=10, policy_hidden=128, critic_hidden=128)
-PRESETS: dict[str, dict] = {}
+ROBOT = dict(gamma=0.99, tau=0.005, policy_lr=3e-4, q_lr=3e-4, eval_episodes=10, policy_hidden=128, critic_hidden=128)
 
 
-def preset(dataset: str) -> Args:
-    """The defaults of a data set."""
-    task = dataset.partition("-")[0]
-    suite = CHEETAH if "cheetah" in dataset.lower() else {}
-    return Args(dataset=dataset, **(suite | PRESETS.get(task, {}) | PRESETS.get(dataset, {})))
+def preset(dataset: str, env_id: str = "") -> Args:
+    """The defaults of a data set, by its task; those of the particle tasks if nothing says which it is."""
+    with contextlib.suppress(DataError):
+        env_id = find_env_id(dataset, env_id)
+    return Args(dataset=dataset, **(ROBOT if env_id.startswith(("mamujoco_", "omar_halfcheetah")) else {}))
 
 
 # ============================================================================================================================
@@ -317,7 +316,8 @@ class DiffusionPolicy(nn.Module):
 
 
 class DeterministicPolicy(nn.Module):
-    """N independent policies a_j = tanh(f_j(o_j)) behind the interface of `DiffusionPolicy`: the baseline, MA-CQL (TD3 + CQL)."""
+    """N independent policies a_j = tanh(f_j(o_j)) behind the interface of `DiffusionPolicy`: the baseline, MA-CQL: the
+    deterministic policy gradient with twin critics and CQL, without TD3's noise on target actions and its delayed updates."""
 
     def __init__(self, obs_mask: Tensor, action_mask: Tensor, args: Args):
         super().__init__()
@@ -714,6 +714,7 @@ def train(args: Args, saved: dict | None) -> None:
     device = pick_device(args.device)
     torch.manual_seed(args.seed)
     source = open_data(args)
+    check_task(args, source.env_id)
     env = make_env(source.env_id, args.observation, prey=args.prey)
     check_sizes(source, env)
     eval_envs = make_vec(source.env_id, args.eval_episodes, args.observation, prey=args.prey)
@@ -809,6 +810,8 @@ class Run:
         print(f"task      {data.env_id}: {find_task(data.env_id).description}")
         if args.prey:
             print(f"prey      {args.prey}")
+        if data.card and data.card.get("prey") not in (None, self.prey or "the project's own"):
+            print("note      the data are of another prey than the one of the evaluations")
         print(
             f"data      {data.folder}: {len(data.obs):,} transitions, {len(data.returns):,} episodes, return {data.returns.mean():.1f} "
             f"± {data.returns.std():.1f}"
@@ -1027,8 +1030,8 @@ def load(run_dir: str) -> tuple[Args, dict | None]:
         args = Args(**(saved["args"] if saved else json.loads(config.read_bytes())["args"]))
         args = dataclasses.replace(args, resume="", evaluate="")
         validate(
-            dataclasses.replace(args, prey="", dataset=Args.dataset, data_seed=0, env_id="", observation="")
-        )  # files may have moved: the command line can say where to
+            dataclasses.replace(args, prey="", evaluate=run_dir)
+        )  # data and prey may have moved: the command line says where to
     return args, saved
 
 
@@ -1119,27 +1122,18 @@ def validate(args: Args) -> None:
             raise BadInput(f"{_flag(name)} {getattr(args, name)} is out of range: it must be at least {low} and at most {high}")
     if args.policy == "deterministic" and not args.q_weight:
         raise BadInput("--policy deterministic with --q-weight 0 has nothing to learn from")
-    env_id = args.env_id
-    if not is_folder(args.dataset):
+    if not args.evaluate:  # which needs no data
         try:
-            env_id, _ = split_name(args.dataset)
+            env_id = find_env_id(args.dataset, args.env_id)
         except DataError as error:
-            raise BadInput(f"--dataset {error}") from error
-        if args.env_id and args.env_id != env_id:
+            raise BadInput(
+                f"--dataset {error}" + "; if the run's data have moved, --dataset says where they are now" * bool(args.resume)
+            ) from error
+        if args.env_id and args.env_id != env_id and not is_folder(args.dataset):
             raise BadInput(f"--env-id {args.env_id}: {args.dataset} is of {env_id}")
-    elif args.data_seed:
-        raise BadInput("--data-seed goes with the name of a data set, not with a folder")
-    if env_id:
-        find_task(env_id)
-        try:
-            check_observation(env_id, args.observation)
-        except ValueError as error:
-            raise BadInput(f"--observation {error}") from error
-        if args.prey:
-            try:
-                find_prey(env_id, args.prey)
-            except ValueError as error:
-                raise BadInput(f"--prey {error}") from error
+        if args.data_seed and is_folder(args.dataset):
+            raise BadInput("--data-seed goes with the name of a data set, not with a folder")
+        check_task(args, env_id)
     if not args.run_dir:
         raise BadInput("--run-dir needs a value")
     if args.capture_video and not importlib.util.find_spec("moviepy"):
@@ -1167,9 +1161,29 @@ def read_flags(kind, argv: list[str], default=None, prog: str = ""):
     return args
 
 
+def check_task(args: Args, env_id: str) -> None:
+    """Raises `BadInput` for an observation setting or a prey that the task does not have."""
+    find_task(env_id)
+    try:
+        check_observation(env_id, args.observation)
+    except ValueError as error:
+        raise BadInput(f"--observation {error}") from error
+    if args.prey:
+        try:
+            find_prey(env_id, args.prey)
+        except ValueError as error:
+            moved = "; if it has moved, --prey says where it is now" if args.resume or args.evaluate else ""
+            raise BadInput(f"--prey {error}{moved}") from error
+
+
 def parse(argv: list[str]) -> tuple[Args, dict | None]:
     """Command line -> arguments, and the checkpoint if a run is continued or evaluated. Raises `BadInput`."""
-    first = {"--dataset": Args.dataset, "--resume": None, "--evaluate": None}  # these decide the other flags' defaults
+    first = {
+        "--dataset": Args.dataset,
+        "--env-id": None,
+        "--resume": None,
+        "--evaluate": None,
+    }  # these decide the other flags' defaults
     for part, following in zip(argv, [*argv[1:], ""]):
         flag, equals, value = part.partition("=")
         if flag.replace("_", "-") in first:
@@ -1185,7 +1199,7 @@ def parse(argv: list[str]) -> tuple[Args, dict | None]:
         if first["--evaluate"]:  # a video is wanted only if this command asks for one; a resumed run still wants its own
             default = dataclasses.replace(default, capture_video=False)
     else:
-        default = preset(first["--dataset"])
+        default = preset(first["--dataset"], first["--env-id"] or "")
 
     args = read_flags(Args, argv, default, "dom2.py")
     if old:
@@ -1195,11 +1209,20 @@ def parse(argv: list[str]) -> tuple[Args, dict | None]:
             raise BadInput(f"--total-updates {args.total_updates}: the run in {old} is at update {saved['step']} already")
         free = {"resume", "evaluate", "device", "torch_threads", "cuda_graph", "compile", "capture_video", "dataset", "prey"}
         free |= {"seed", "eval_episodes"} if args.evaluate else {"total_updates"}
+        free -= {"dataset"} if args.evaluate else set()
         free |= {"solver_steps"} if args.evaluate and args.policy == "diffusion" else set()
         for name, value in dataclasses.asdict(default).items():
             if getattr(args, name) != value and name not in free:
                 raise BadInput(f"{_flag(name)} cannot be changed for the run in {old}, which has {value}")
     validate(args)
+    if saved and args.evaluate:
+        check_task(args, saved["env_id"])
+    if saved and checksum(args.prey) != saved["prey"]:
+        if args.resume:
+            raise BadInput(
+                f"{args.prey or 'the prey of the project'} is not the prey that the run in {old} was evaluated against: --prey FILE"
+            )
+        print(f"note      not the prey that the run in {old} was evaluated against", file=sys.stderr)
     return args, saved
 
 

@@ -1283,7 +1283,8 @@ def validate(args: Args) -> None:
         try:
             find_prey(args.env_id, args.prey)
         except ValueError as error:
-            raise BadInput(f"--prey {error}") from error
+            moved = "; if it has moved, --prey says where it is now" if args.resume or args.evaluate else ""
+            raise BadInput(f"--prey {error}{moved}") from error
     if not args.run_dir:
         raise BadInput("--run-dir needs a value")
     if args.capture_video and not importlib.util.find_spec("moviepy"):
@@ -1366,9 +1367,11 @@ def parse(argv: list[str]) -> tuple[Args, dict | None]:
             if getattr(args, name) != value and name not in free:
                 raise BadInput(f"{_flag(name)} cannot be changed for the run in {old}, which has {value}")
     validate(args)
-    if saved and "prey" in saved and checksum(args.prey) != saved["prey"]:
+    if saved and (checksum(args.prey) != saved["prey"] if "prey" in saved else args.prey != default.prey):
         if args.resume:
-            raise BadInput(f"--prey {args.prey or 'of the task itself'}: not the one that the run in {old} was trained against")
+            raise BadInput(
+                f"{args.prey or 'the prey of the project'} is not the prey that the run in {old} was trained against: --prey FILE"
+            )
         print(f"note      not the prey that the run in {old} was trained against", file=sys.stderr)
     return args, saved
 

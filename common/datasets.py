@@ -15,7 +15,6 @@ Shape letters: T transitions, N agents (of the team), O observation, A action, S
 
 import contextlib
 import difflib
-import errno
 import hashlib
 import importlib.metadata
 import json
@@ -206,11 +205,12 @@ def load_dataset(
     folder, named = _find_folder(str(source), data_seed, root)
     card = _read_card(folder)
     env_id = _find_task(folder, card, env_id)
+    if named and card and (card["task"], card.get("split"), card.get("seed")) != (*split_name(str(source)), data_seed):
+        raise DataError(
+            f"{folder}: its card says {card['task']}-{card.get('split')}, seed {card.get('seed')}, which is not what its path says; move "
+            f"it, then: {_recipe(str(source), data_seed, root)}"
+        )
     try:
-        if named and card and (card["task"], card.get("split"), card.get("seed")) != (*split_name(str(source)), data_seed):
-            raise DataError(
-                f"{folder}: its card says {card['task']}-{card.get('split')}, seed {card.get('seed')}: not what its path says"
-            )
         files, agents = _open_files(folder, env_id, card)
         marks = _check_values(folder, env_id, files, agents)
         episodes, terminations, truncations = split_episodes(env_id, marks)
@@ -267,15 +267,15 @@ class Writer:
     ):  # fmt: skip
         self.folder, self.temporary = folder, workplace or folder.with_name(f".{folder.name}.unfinished")
         self.env_id, self.transitions, self.agents = env_id, transitions, layout(env_id)[2]
-        self.origin, self.scratch = json.loads(json.dumps(origin | versions())), self.temporary / "scratch"
+        self.origin, self.scratch = json.loads(json.dumps(origin)), self.temporary / "scratch"
         self.temporary.parent.mkdir(parents=True, exist_ok=True)
         self._lock()
         try:
             before = json.loads((self.temporary / "progress.json").read_bytes())
             self.done = before["done"] if before["origin"] == self.origin else 0
             if not self.done:
-                print(f"thrown away: an unfinished data set of other arguments or versions in {self.temporary}")
-        except (OSError, ValueError, KeyError):
+                print(f"thrown away: an unfinished data set of other arguments, packages or code in {self.temporary}")
+        except (OSError, ValueError, KeyError, TypeError):
             self.done = 0
         try:
             if not self.done:
@@ -284,7 +284,7 @@ class Writer:
                 self._check_space(shapes)
             self.files = {name: self._open(self.temporary / f"{name}.npy", shape) for name, shape in shapes.items()}
         except BaseException:
-            self.discard()
+            self._unlock() if self.done else self.discard()
             raise
 
     def _lock(self) -> None:
@@ -301,9 +301,7 @@ class Writer:
         needed = 4 * self.transitions * sum(math.prod(shape) for shape in shapes.values())
         free = shutil.disk_usage(self.temporary).free
         if needed > free:
-            raise OSError(
-                errno.ENOSPC, f"{needed / 1e9:,.1f} GB are needed, the disk has {free / 1e9:,.1f} GB left", str(self.folder)
-            )
+            raise OSError(f"{self.folder}: {needed / 1e9:,.1f} GB are needed, the disk has {free / 1e9:,.1f} GB left")
 
     def _open(self, path: Path, shape: tuple[int, ...]) -> np.memmap:
         if self.done:
@@ -395,8 +393,7 @@ def _find_folder(source: str, data_seed: int, root: str | Path | None) -> tuple[
             raise DataError(f"{source}: there is no such folder")
         folder, named = data_folder(source, data_seed, root), True
         if not folder.is_dir():
-            more = f" --seed {data_seed}" * bool(data_seed) + f" --out {root}" * bool(root)
-            raise DataError(f"{source}: not made yet; make it with: python datasets/collect.py --dataset {source}{more}")
+            raise DataError(f"{source}: not made yet; make it with: {_recipe(source, data_seed, root)}")
     if (folder / "progress.json").exists() and not (folder / "card.json").exists():
         raise DataError(f"{folder}: not finished; the command that began it goes on with it")
     if not any(folder.glob("*.npy")):
@@ -406,6 +403,16 @@ def _find_folder(source: str, data_seed: int, root: str | Path | None) -> tuple[
             + (f", but the folders {', '.join(inside[:5])}: give one of these" if inside else "; get the data again")
         )
     return folder, named
+
+
+def _recipe(name: str, data_seed: int, root: str | Path | None) -> str:
+    return f"python datasets/collect.py --dataset {name}" + f" --seed {data_seed}" * bool(data_seed) + f" --out {root}" * bool(root)
+
+
+def find_env_id(source: str | Path, env_id: str = "") -> str:
+    """The task of a data set: of its name, or by its card, its path or `env_id`. Raises `DataError` if none of them says it."""
+    folder = Path(source).expanduser()
+    return _find_task(folder, _read_card(folder), env_id) if folder.is_dir() else split_name(str(source))[0]
 
 
 def _read_card(folder: Path) -> dict | None:
@@ -596,16 +603,16 @@ def _check_cheetah(folder: Path, files: dict[str, np.ndarray], start: int) -> No
     state, after = files["states_0"], files["next_states_0"]
     joints = [np.stack([state[:, k] for j in own for k in (2 + j, 11 + j)], 1) for own in ((2, 1, 0), (5, 4, 3))]
     for i in range(2):  # position and velocity of foot, shin and thigh
-        if np.abs(files[f"obs_{i}"] - joints[1 - i]).max() < 1e-3:
-            raise DataError(
-                f"{folder}/obs_{i}.npy: has the joints of agent {1 - i} (from row {start:,}). Files of two agents exchanged?"
-            )
+        own, other = (np.abs(files[f"obs_{i}"] - joints[j]).max(1) < 1e-3 for j in (i, 1 - i))
+        if (other & ~own).mean() > 0.01:
+            row = start + np.flatnonzero(other & ~own)[0]
+            raise DataError(f"{folder}/obs_{i}.npy, row {row:,}: has the joints of agent {1 - i}. Files of two agents exchanged?")
     speed = files["rews_0"] + 0.1 * sum((files[f"acs_{i}"] ** 2).sum(1) for i in range(2))  # mean over the step
     off = np.abs(speed - (state[:, 8] + after[:, 8]) / 2) > 1.5
     if off.mean() > 0.01:
         raise DataError(
             f"{folder}/rews_0.npy, row {start + np.flatnonzero(off)[0]:,}: not the speed in states_0.npy minus a tenth of the squared "
-            "actions. Another task's, or shifted?"
+            "actions. Another task's?"
         )
 
 

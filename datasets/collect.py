@@ -12,6 +12,7 @@ the arguments, the machine and the packages only, not on interruptions: an inter
 
 import contextlib
 import dataclasses
+import hashlib
 import os
 import shlex
 import shutil
@@ -28,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent))
 import omad
 from behaviour import POLICIES, Act, BehaviourError, command, load_behaviour
-from common.datasets import DATA, DataError, Writer, data_folder, layout, sha256, split_name
+from common.datasets import DATA, DataError, Writer, data_folder, layout, sha256, split_name, versions
 from common.envs import find_prey, find_task, make_vec
 
 LEVELS = {  # split -> who plays how large a share of it
@@ -246,6 +247,13 @@ def check(options: Options) -> tuple[str, str, int, omad.Args | None]:
     return env_id, split, options.transitions or args.total_timesteps, args
 
 
+def code() -> str:
+    """A checksum of the code that decides what a data set holds."""
+    here = Path(__file__).parent
+    paths = [here.parent / "omad.py", here / "behaviour.py", here / "collect.py", *sorted((here.parent / "common").glob("*.py"))]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
+
+
 def collect(options: Options) -> Path:
     """Makes the data set and returns its folder. Raises `DataError` or `BehaviourError`."""
     env_id, split, transitions, args = check(options)
@@ -258,10 +266,11 @@ def collect(options: Options) -> Path:
         "prey": sha256(Path(options.prey)) if options.prey else "the project's own",
         "policies": {level: load_behaviour(env_id, level, options.policies).about["sha256"] for level in levels},
         "args": {key: value for key, value in dataclasses.asdict(args).items() if key != "prey"} if args else None,
+        "packages": versions()["packages"], "code": code(),
     }  # fmt: skip
     team, prey, _ = layout(env_id)
-    # Not beside the finished ones, where readers look for folders of any name.
-    workplace = options.out / f".{options.dataset}-{options.seed}.unfinished"
+    # Not beside the finished ones, where readers look for folders of any name; but on the same disk.
+    workplace = folder.parents[1] / f".{split}-{options.seed}.unfinished"
     writer = Writer(folder, env_id, team | prey, transitions, origin, workplace)
     if writer.done:
         print(f"going on with the unfinished data set in {writer.temporary}")

@@ -253,8 +253,10 @@ def test_an_interrupted_command_goes_on_where_it_was(place, made, policies, tmp_
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupted(patch, *method(), calls)
         collect.collect(options)
-    part = tmp_path / f".omar_simple_spread-{split}-0.unfinished"
-    assert part.is_dir() and not (tmp_path / "simple_spread").exists()  # readers that take any folder see only finished ones
+    part = tmp_path / f"simple_spread/.{split}-0.unfinished"
+    assert (
+        part.is_dir() and not (tmp_path / "simple_spread" / split).exists()
+    )  # readers that take any folder see only finished ones
     with pytest.raises(DataError, match="not finished; the command that began it goes on"):
         load_dataset(str(part))
     steps, play = [], collect.Recorder.step
@@ -266,7 +268,7 @@ def test_an_interrupted_command_goes_on_where_it_was(place, made, policies, tmp_
     assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_dir()} == {
         "simple_spread", f"simple_spread/{split}", f"simple_spread/{split}/seed_0_data"
     }  # fmt: skip
-    assert not list(tmp_path.glob(".*")) and not (folder / "progress.json").exists()
+    assert not list(tmp_path.rglob(".*")) and not (folder / "progress.json").exists()
 
 
 def test_an_unfinished_data_set_of_other_arguments_is_not_gone_on_with(made, policies, tmp_path, monkeypatch, capsys):
@@ -297,7 +299,7 @@ def test_new_weights_of_a_policy_are_another_origin(policies, tmp_path, monkeypa
 def test_two_processes_do_not_make_the_same_data_set(policies, tmp_path):
     folder = tmp_path / "simple_spread/random/seed_0_data"
     files, _, _ = layout("omar_simple_spread")
-    first = collect.Writer(folder, "omar_simple_spread", files, 50, {}, tmp_path / ".omar_simple_spread-random-0.unfinished")
+    first = collect.Writer(folder, "omar_simple_spread", files, 50, {}, tmp_path / "simple_spread/.random-0.unfinished")
     with pytest.raises(DataError, match="another process is making this data set"):
         collect.collect(collect.Options("omar_simple_spread-random", 1000, out=tmp_path))
     first.discard()
@@ -314,7 +316,7 @@ def test_a_disk_that_is_too_small_says_so_at_once_and_stays_as_it_was(tmp_path, 
         assert collect.main() == 3 and "No space left on device" in capsys.readouterr().err
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 9 * 10**8, 10**8))
     assert collect.main() == 3 and "0.5 GB are needed, the disk has 0.1 GB left" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 @pytest.mark.parametrize("when", ["before it has its name", "when it has its name"])
@@ -341,15 +343,27 @@ def test_a_kill_in_the_last_moment_loses_nothing(split, when, made, policies, tm
     assert sums(folder) == whole and len(load_dataset(folder).returns) == 32
 
 
+def test_a_failed_restart_keeps_what_is_there(policies, tmp_path, monkeypatch):
+    monkeypatch.setattr(collect, "SAVE_EVERY", 0.0)
+    options = collect.Options("omar_simple_spread-random", 50_000, out=tmp_path, policies=policies)
+    for owner, method, calls in ((collect.Writer, "save", 3), (collect.Writer, "_open", 2)):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            interrupted(patch, owner, method, calls)
+            collect.collect(options)
+        assert (tmp_path / "simple_spread/.random-0.unfinished/progress.json").exists()
+    (tmp_path / "simple_spread/.random-0.unfinished/progress.json").write_text("[1]")
+    collect.collect(options)
+
+
 def test_a_data_set_begun_with_other_versions_is_not_gone_on_with(policies, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(collect, "SAVE_EVERY", 0.0)
     options = collect.Options("omar_simple_spread-random", 50_000, out=tmp_path, policies=policies)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("common.datasets.versions", lambda: {"git_revision": "older"})
+        patch.setattr(collect, "versions", lambda: {"packages": {"numpy": "older"}})
         interrupted(patch, collect.Writer, "save", 3)
         collect.collect(options)
     collect.collect(options)
-    assert "thrown away: an unfinished data set of other arguments or versions" in capsys.readouterr().out
+    assert "thrown away: an unfinished data set of other arguments, packages or code" in capsys.readouterr().out
 
 
 def test_a_killed_process_loses_nothing(made, tmp_path):
@@ -357,7 +371,7 @@ def test_a_killed_process_loses_nothing(made, tmp_path):
     command += ["--dataset", "omar_simple_world-random", "--transitions", "400000", "--out", str(tmp_path)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "datasets"), os.environ.get("PYTHONPATH", "")])}
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
-    part = tmp_path / ".omar_simple_world-random-0.unfinished/progress.json"
+    part = tmp_path / "simple_world/.random-0.unfinished/progress.json"
     deadline = time.time() + 120
     while not part.exists() and process.poll() is None and time.time() < deadline:
         time.sleep(0.01)
@@ -693,6 +707,13 @@ def never_filled(folder):
         np.save(path, array)
 
 
+def exchanged_later(folder):
+    for kind in ("obs", "next_obs"):
+        one, two = (np.load(folder / f"{kind}_{i}.npy") for i in range(2))
+        later = np.arange(len(one))[:, None] >= 1000
+        np.save(folder / f"{kind}_0.npy", np.where(later, two, one)), np.save(folder / f"{kind}_1.npy", np.where(later, one, two))
+
+
 def first_for_last(folder):
     for i in range(3):
         change(f"next_obs_{i}", lambda a, i=i: np.where((np.arange(len(a)) % 25 == 24)[:, None], np.roll(np.load(folder / f"obs_{i}.npy"), -1, 0), a))(folder)  # fmt: skip
@@ -710,7 +731,8 @@ SUBTLE = {  # task, damage -> what the message says; none of it shows in shapes 
     "a landmark that stays": ("spread", lambda f: [change(f"{k}obs_1", lambda a: np.hstack([a[:, :4], 0 * a[:, 4:6] + 0.3, a[:, 6:]]))(f) for k in ("", "next_")], ["sees landmark 0 where"]),
     "rows never filled": ("spread", never_filled, ["row 500", "never filled"]),
     "rows of a robot never filled": ("cheetah", never_filled, ["row 1,000", "never filled"]),
-    "exchanged joints": ("cheetah", exchange("obs", "next_obs"), ["obs_0.npy: has the joints of agent 1"]),
+    "exchanged joints": ("cheetah", exchange("obs", "next_obs"), ["obs_0.npy, row 0: has the joints of agent 1"]),
+    "exchanged joints in an episode": ("cheetah", exchanged_later, ["obs_0.npy, row 1,000: has the joints of agent 1"]),
     "another state": ("cheetah", lambda f: [change(f"{k}states_1", lambda a: a + 1)(f) for k in ("", "next_")], ["states_1.npy, row 0: not as for agent 0"]),
     "another state afterwards": ("cheetah", put("next_states_1", (1999, 4), 9.0), ["next_states_1.npy, row 1,999: not as for agent 0"]),
     "rewards of the other sign": ("cheetah", lambda f: [change(f"rews_{i}", np.negative)(f) for i in range(2)], ["rews_0.npy, row", "not the speed"]),
@@ -882,7 +904,10 @@ def test_names_with_seeds_and_other_folders(made, tmp_path):
     assert load_dataset("omar_simple_spread-random", data_seed=3, root=str(folder.parents[2])).folder == folder
     for seed, split in ((4, "random"), (3, "expert")):  # what is in the place of another one
         shutil.copytree(folder, tmp_path / f"simple_spread/{split}/seed_{seed}_data")
-        with pytest.raises(DataError, match="its card says omar_simple_spread-random, seed 3: not what its path says"):
+        with pytest.raises(
+            DataError,
+            match="its card says omar_simple_spread-random, seed 3, which is not what its path says; move it, then: python datasets/collect.py --dataset omar_simple_spread-",
+        ):
             load_dataset(f"omar_simple_spread-{split}", data_seed=seed, root=tmp_path)
     shutil.rmtree(tmp_path / "simple_spread")
     path = foreign(folder, tmp_path, "store")

@@ -395,7 +395,10 @@ def test_data_that_are_missing_are_made(tmp_path, cli, monkeypatch):
         (["--dataset", "omar_simple_spred-medium"], "did you mean omar_simple_spread-medium"),
         (["--q-wieght", "1"], "did you mean --q-weight"),
         (["--gamma", "1.5"], "--gamma 1.5 is out of range"),
-        (["--dataset", "nowhere/at/all"], "there is no such folder"),
+        (["--dataset", "nowhere/at/all"], "unknown data set 'nowhere/at/all'"),
+        (["--dataset", "FOLDER", "--observation", "k9"], "--observation 'k9'"),
+        (["--dataset", "FOLDER", "--prey", "nothing.pt"], "has no prey"),
+        (["--dataset", "FOLDER", "--data-seed", "3"], "--data-seed goes with the name"),
         (["--env-id", "omar_simple_tag"], "--env-id omar_simple_tag: omar_simple_spread-medium is of omar_simple_spread"),
         (["--observation", "full"], "--observation"),
         (["--prey", "prey.pt"], "has no prey"),
@@ -403,8 +406,8 @@ def test_data_that_are_missing_are_made(tmp_path, cli, monkeypatch):
         (["--policy", "deterministic", "--q-weight", "0"], "nothing to learn from"),
     ],
 )
-def test_bad_input_is_one_line(argv, reason, cli, tmp_path):
-    code, out, err = cli(*argv)
+def test_bad_input_is_one_line(argv, reason, cli, tmp_path, folder):
+    code, out, err = cli(*(folder if part == "FOLDER" else part for part in argv))
     assert code == 2 and reason in err and err.startswith("dom2.py: error: ") and len(err.splitlines()) == 1 and not out
     assert not list(tmp_path.iterdir())
 
@@ -420,6 +423,29 @@ def test_a_run_on_other_data_is_not_gone_on_with(cli, tmp_path, folder):
         np.save(path, np.load(path)[:1000])
     code, _, err = cli("--resume", run, run_dir=False)
     assert code == 2 and "trained on other data" in err and len(err.splitlines()) == 1
+
+
+def test_an_evaluation_needs_no_data_and_a_resumed_run_says_what_it_misses(cli, tmp_path, folder):
+    other = tmp_path / "own" / "simple_spread"
+    shutil.copytree(folder, other)
+    assert cli("--dataset", other, *SHORT)[0] == 0
+    (run,) = tmp_path.glob("*__dom2__*")
+    moved = other.rename(tmp_path / "own" / "moved")
+    assert cli("--evaluate", run, run_dir=False)[0] == 0
+    code, _, err = cli("--resume", run, "--total-updates", 50, run_dir=False)
+    assert code == 2 and "--dataset says where they are now" in err and len(err.splitlines()) == 1
+    code, _, err = cli("--resume", run, "--total-updates", 50, "--dataset", moved, run_dir=False)
+    assert code == 0, err
+    code, _, err = cli("--evaluate", run, "--prey", "nothing.pt", run_dir=False)
+    assert code == 2 and "has no prey" in err
+
+
+def test_presets_follow_the_task(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "cheetah" / "things")
+    assert dom2.preset(str(tmp_path / "cheetah" / "things")).gamma == 0.95  # its card says what it is
+    assert (
+        dom2.preset("omar_halfcheetah_2x3-expert").gamma == 0.99 == dom2.preset(str(tmp_path / "cheetah"), "mamujoco_ant_2x4").gamma
+    )
 
 
 def test_what_both_files_hold_is_the_same():

@@ -411,18 +411,29 @@ def test_a_run_with_a_prey_file(tmp_path, cli):
         code, out, err = cli("--evaluate", run, "--prey", prey, run_dir=False)
         assert code == 0 and (f"prey of {other}" in out) == bool(prey) and "note      not the prey that the run" in err
         code, _, err = cli("--resume", run, "--prey", prey, "--total-timesteps", 500, run_dir=False)
-        assert code == 2 and "not the one that the run in" in err and len(err.splitlines()) == 1
+        assert code == 2 and "is not the prey that the run in" in err and len(err.splitlines()) == 1
     moved = file.rename(tmp_path / "moved.pt")
     for old in ("--evaluate", "--resume"):
         code, _, err = cli(old, run, run_dir=False)
-        assert code == 2 and f"--prey {file}: there is no such file" in err and len(err.splitlines()) == 1
+        assert (
+            code == 2
+            and f"--prey {file}: there is no such file; if it has moved, --prey says where" in err
+            and len(err.splitlines()) == 1
+        )
     code, out, err = cli("--evaluate", run, "--prey", moved, run_dir=False)
     assert code == 0 and out.split("return ")[1].split(" over")[0] in last and "note" not in err
     other.rename(file)  # another network under the name that the run knows
     code, _, err = cli("--evaluate", run, run_dir=False)
     assert code == 0 and "note      not the prey that the run" in err
     code, _, err = cli("--resume", run, "--total-timesteps", 500, run_dir=False)
-    assert code == 2 and "not the one that the run in" in err
+    assert code == 2 and "is not the prey that the run in" in err
+    saved = torch.load(run / "checkpoint.pt", weights_only=True)
+    del saved["prey"]  # as in checkpoints of earlier versions
+    torch.save(saved, run / "checkpoint.pt")
+    code, _, err = cli("--resume", run, "--prey", "", "--total-timesteps", 500, run_dir=False)
+    assert code == 2 and "is not the prey" in err
+    file.unlink(), moved.rename(file)
+    moved = file
     code, _, err = cli("--resume", run, "--prey", moved, "--total-timesteps", 500, run_dir=False)
     assert code == 0, err
 
