@@ -714,7 +714,6 @@ def train(args: Args, saved: dict | None) -> None:
     device = pick_device(args.device)
     torch.manual_seed(args.seed)
     source = open_data(args)
-    check_task(args, source.env_id)
     env = make_env(source.env_id, args.observation, prey=args.prey)
     check_sizes(source, env)
     eval_envs = make_vec(source.env_id, args.eval_episodes, args.observation, prey=args.prey)
