@@ -17,6 +17,7 @@ import dom2
 import omad
 from common.datasets import load_dataset
 from common.envs import make_env
+from test_omar_tasks import checkpoint
 
 ONE = torch.ones(1, 1, dtype=torch.bool)  # one agent that sees one number and does one thing
 
@@ -440,6 +441,24 @@ def test_an_evaluation_needs_no_data_and_a_resumed_run_says_what_it_misses(cli, 
     assert code == 0, err
     code, _, err = cli("--evaluate", run, "--prey", "nothing.pt", run_dir=False)
     assert code == 2 and "has no prey" in err
+
+
+def test_a_run_knows_its_prey(cli, tmp_path):
+    data = collect.collect(collect.Options("omar_simple_tag-random", 500, out=tmp_path / "data"))
+    prey, other = tmp_path / "prey.pt", tmp_path / "other.pt"
+    checkpoint(prey, 14), checkpoint(other, 14, lambda policy: {name: 2 * value for name, value in policy.items()})
+    code, out, err = cli("--dataset", data, "--prey", prey, *SHORT)
+    assert code == 0 and f"prey      {prey}" in out and "note      the data are of another prey" in out, err
+    (run,) = tmp_path.glob("*__dom2__*")
+    for file in (other, ""):
+        code, _, err = cli("--resume", run, "--prey", file, "--total-updates", 50, run_dir=False)
+        assert code == 2 and "is not the prey that the run in" in err and len(err.splitlines()) == 1
+        code, out, err = cli("--evaluate", run, "--prey", file, run_dir=False)
+        assert code == 0 and "note      not the prey that the run in" in err
+    code, out, err = cli("--evaluate", run, "--prey", prey.rename(tmp_path / "moved.pt"), run_dir=False)
+    assert code == 0 and "note" not in err
+    code, out, err = cli("--dataset", data, *SHORT)
+    assert code == 0 and "note" not in out
 
 
 def test_presets_follow_the_task(folder, tmp_path):
