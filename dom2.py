@@ -27,7 +27,6 @@ import dataclasses
 import difflib
 import gc
 import hashlib
-import importlib.metadata
 import importlib.util
 import io
 import json
@@ -53,7 +52,7 @@ import tyro
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
-from common.datasets import SCORES, DataError, Dataset, data_folder, find_env_id, load_dataset
+from common.datasets import SCORES, DataError, Dataset, data_folder, find_env_id, load_dataset, normalize, versions
 from common.envs import TeamEnv, UnknownTask, check_observation, find_prey, find_task, make_env, make_vec
 
 # ============================================================================================================================
@@ -933,15 +932,13 @@ class Run:
 
 def normalized(env_id: str, score: float) -> float:
     """On the scale of the task's published scores, 0 random and 100 expert; NaN if there are none."""
-    low, high = SCORES.get(env_id, (math.nan, math.nan))
-    return float(100 * (score - low) / (high - low))
+    return float(normalize(score, SCORES.get(env_id, (math.nan, math.nan))))
 
 
 def summary(env_id: str, returns: np.ndarray) -> str:
     score = normalized(env_id, returns.mean())
-    return f"return {returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} episodes" + f", normalised {score:.1f}" * (
-        score == score
-    )
+    text = f"return {returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} episodes"
+    return text if math.isnan(score) else f"{text}, normalised {score:.1f}"
 
 
 @contextlib.contextmanager
@@ -978,15 +975,7 @@ def write(path: Path, dump: Callable[[BinaryIO], object]) -> None:
 
 
 def write_config(path: Path, args: Args) -> None:
-    packages = ("torch", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "pettingzoo", "mpe2", "tyro", "tensorboard")
-    revision = "unknown"
-    with contextlib.suppress(OSError, subprocess.SubprocessError):  # no git, or no repository
-        command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
-        revision = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    config = {
-        "args": dataclasses.asdict(args), "python": sys.version.split()[0], "git_revision": revision,
-        "packages": {name: importlib.metadata.version(name) for name in packages},
-    }  # fmt: skip
+    config = {"args": dataclasses.asdict(args), **versions("tyro", "tensorboard")}
     write(path / "config.json", lambda file: file.write(json.dumps(config, indent=2).encode()))
 
 
@@ -1028,9 +1017,8 @@ def load(run_dir: str) -> tuple[Args, dict | None]:
                 raise BadInput(f"not a checkpoint of this version of dom2.py (format {FORMAT})")
         args = Args(**(saved["args"] if saved else json.loads(config.read_bytes())["args"]))
         args = dataclasses.replace(args, resume="", evaluate="")
-        validate(
-            dataclasses.replace(args, prey="", evaluate=run_dir)
-        )  # data and prey may have moved: the command line says where to
+        # Data and prey may have moved: the command line can say where to.
+        validate(dataclasses.replace(args, prey="", evaluate=run_dir))
     return args, saved
 
 
@@ -1139,6 +1127,21 @@ def validate(args: Args) -> None:
         raise BadInput("--capture-video needs the package moviepy, see requirements.txt")
 
 
+def check_task(args: Args, env_id: str) -> None:
+    """Raises `BadInput` for an observation setting or a prey that the task does not have."""
+    find_task(env_id)
+    try:
+        check_observation(env_id, args.observation)
+    except ValueError as error:
+        raise BadInput(f"--observation {error}") from error
+    if args.prey:
+        try:
+            find_prey(env_id, args.prey)
+        except ValueError as error:
+            moved = "; if it has moved, --prey says where it is now" if args.resume or args.evaluate else ""
+            raise BadInput(f"--prey {error}{moved}") from error
+
+
 def read_flags(kind, argv: list[str], default=None, prog: str = ""):
     """The command line as an instance of the dataclass `kind` (or of one of several). Raises `BadInput` in place of tyro's boxes."""
     out, err = io.StringIO(), io.StringIO()
@@ -1160,29 +1163,10 @@ def read_flags(kind, argv: list[str], default=None, prog: str = ""):
     return args
 
 
-def check_task(args: Args, env_id: str) -> None:
-    """Raises `BadInput` for an observation setting or a prey that the task does not have."""
-    find_task(env_id)
-    try:
-        check_observation(env_id, args.observation)
-    except ValueError as error:
-        raise BadInput(f"--observation {error}") from error
-    if args.prey:
-        try:
-            find_prey(env_id, args.prey)
-        except ValueError as error:
-            moved = "; if it has moved, --prey says where it is now" if args.resume or args.evaluate else ""
-            raise BadInput(f"--prey {error}{moved}") from error
-
-
 def parse(argv: list[str]) -> tuple[Args, dict | None]:
     """Command line -> arguments, and the checkpoint if a run is continued or evaluated. Raises `BadInput`."""
-    first = {
-        "--dataset": Args.dataset,
-        "--env-id": None,
-        "--resume": None,
-        "--evaluate": None,
-    }  # these decide the other flags' defaults
+    # These decide the other flags' defaults.
+    first = {"--dataset": Args.dataset, "--env-id": None, "--resume": None, "--evaluate": None}
     for part, following in zip(argv, [*argv[1:], ""]):
         flag, equals, value = part.partition("=")
         if flag.replace("_", "-") in first:
@@ -1206,9 +1190,8 @@ def parse(argv: list[str]) -> tuple[Args, dict | None]:
             raise BadInput(f"{old}: no checkpoint.pt there yet; python dom2.py --resume {old} goes on with the run")
         if saved and not args.evaluate and args.total_updates < min(saved["step"], default.total_updates):
             raise BadInput(f"--total-updates {args.total_updates}: the run in {old} is at update {saved['step']} already")
-        free = {"resume", "evaluate", "device", "torch_threads", "cuda_graph", "compile", "capture_video", "dataset", "prey"}
-        free |= {"seed", "eval_episodes"} if args.evaluate else {"total_updates"}
-        free -= {"dataset"} if args.evaluate else set()
+        free = {"resume", "evaluate", "device", "torch_threads", "cuda_graph", "compile", "capture_video", "prey"}
+        free |= {"seed", "eval_episodes"} if args.evaluate else {"total_updates", "dataset"}
         free |= {"solver_steps"} if args.evaluate and args.policy == "diffusion" else set()
         for name, value in dataclasses.asdict(default).items():
             if getattr(args, name) != value and name not in free:

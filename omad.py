@@ -25,7 +25,6 @@ import dataclasses
 import difflib
 import gc
 import hashlib
-import importlib.metadata
 import importlib.util
 import io
 import itertools
@@ -34,7 +33,6 @@ import math
 import os
 import re
 import shutil
-import subprocess
 import sys
 import threading
 import time
@@ -52,6 +50,7 @@ import tyro
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
+from common.datasets import versions
 from common.envs import TeamEnv, UnknownTask, check_observation, find_prey, find_task, list_tasks, make_env, make_vec
 
 # ============================================================================================================================
@@ -1119,15 +1118,7 @@ def write(path: Path, dump: Callable[[BinaryIO], object]) -> None:
 
 
 def write_config(path: Path, args: Args) -> None:
-    packages = ("torch", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "pettingzoo", "mpe2", "tyro", "tensorboard")
-    revision = "unknown"
-    with contextlib.suppress(OSError, subprocess.SubprocessError):  # no git, or no repository
-        command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
-        revision = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    config = {
-        "args": dataclasses.asdict(args), "python": sys.version.split()[0], "git_revision": revision,
-        "packages": {name: importlib.metadata.version(name) for name in packages},
-    }  # fmt: skip
+    config = {"args": dataclasses.asdict(args), **versions("tyro", "tensorboard")}
     write(path / "config.json", lambda file: file.write(json.dumps(config, indent=2).encode()))
 
 
@@ -1275,16 +1266,7 @@ def validate(args: Args) -> None:
     horizon = find_task(args.env_id).horizon
     if not args.observation:
         raise BadInput("--observation needs a value")
-    try:
-        check_observation(args.env_id, args.observation)
-    except ValueError as error:
-        raise BadInput(f"--observation {error}") from error
-    if args.prey:
-        try:
-            find_prey(args.env_id, args.prey)
-        except ValueError as error:
-            moved = "; if it has moved, --prey says where it is now" if args.resume or args.evaluate else ""
-            raise BadInput(f"--prey {error}{moved}") from error
+    check_task(args, args.env_id)
     if not args.run_dir:
         raise BadInput("--run-dir needs a value")
     if args.capture_video and not importlib.util.find_spec("moviepy"):
@@ -1307,6 +1289,21 @@ def validate(args: Args) -> None:
         raise BadInput(
             f"--eval-every {args.eval_every} must be at least {whole}, one episode in each environment: they restart at evaluations"
         )
+
+
+def check_task(args: Args, env_id: str) -> None:
+    """Raises `BadInput` for an observation setting or a prey that the task does not have."""
+    find_task(env_id)
+    try:
+        check_observation(env_id, args.observation)
+    except ValueError as error:
+        raise BadInput(f"--observation {error}") from error
+    if args.prey:
+        try:
+            find_prey(env_id, args.prey)
+        except ValueError as error:
+            moved = "; if it has moved, --prey says where it is now" if args.resume or args.evaluate else ""
+            raise BadInput(f"--prey {error}{moved}") from error
 
 
 def read_flags(kind, argv: list[str], default=None, prog: str = ""):

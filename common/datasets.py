@@ -87,12 +87,11 @@ class AgentArray:
         return self[:] if dtype is None else self[:].astype(dtype)
 
     def __reduce__(self):  # a worker process gets the names of the files, not their contents
-        names = [str(part.filename) if isinstance(part, np.memmap) else None for part in self.parts]
-        return _reopen, (None if None in names else names, self.parts if None in names else None, self.rows)
+        return _reopen, ([str(part.filename) if isinstance(part, np.memmap) else part for part in self.parts], self.rows)
 
 
-def _reopen(names: list[str] | None, parts: list[np.ndarray] | None, rows: np.ndarray | None) -> AgentArray:
-    return AgentArray(parts or [np.load(name, mmap_mode="r", allow_pickle=False) for name in names], rows)
+def _reopen(parts: list[np.ndarray | str], rows: np.ndarray | None) -> AgentArray:
+    return AgentArray([np.load(part, mmap_mode="r", allow_pickle=False) if isinstance(part, str) else part for part in parts], rows)
 
 
 def _is_number(value) -> bool:
@@ -124,8 +123,13 @@ class Dataset:
         """A return on the scale of this task's published scores: 0 is random, 100 is expert."""
         if self.scores is None:
             raise DataError(f"{self.env_id}: no published scores to normalise by")
-        low, high = self.scores
-        return 100 * (score - low) / (high - low)
+        return normalize(score, self.scores)
+
+
+def normalize(score: float | np.ndarray, scores: tuple[float, float]) -> float | np.ndarray:
+    """A return on the scale where the two `scores` are 0 and 100."""
+    low, high = scores
+    return 100 * (score - low) / (high - low)
 
 
 def layout(env_id: str) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]], int]:
@@ -365,13 +369,15 @@ class Writer:
         return card
 
 
-def versions() -> dict:
-    """Of what makes data: this project, whose tasks `omar_...` are, Python, and the packages."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
-    found = subprocess.run(command, capture_output=True, text=True) if shutil.which("git") else None
-    packages = ("torch", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "pettingzoo", "mpe2")
+def versions(*more: str) -> dict:
+    """Of what makes data: this project, whose tasks `omar_...` are, Python, and the packages; and of `more` packages."""
+    revision = "unknown"
+    with contextlib.suppress(OSError, subprocess.SubprocessError):  # no git, or no repository
+        command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+        revision = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    packages = ("torch", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "pettingzoo", "mpe2", *more)
     return {
-        "git_revision": found.stdout.strip() if found and found.returncode == 0 else "unknown",
+        "git_revision": revision,
         "python": sys.version.split()[0],
         "packages": {name: importlib.metadata.version(name) for name in packages},
     }

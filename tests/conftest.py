@@ -22,17 +22,22 @@ SHORT = (
 ).split()
 
 
-@pytest.fixture
-def cli(tmp_path, capsys):
-    """Runs omad.main in this process: cli("--seed", "1") -> (exit code, stdout, stderr). Runs land in tmp_path."""
+def caller(main, tmp_path, capsys):
+    """call("--seed", "1") -> (exit code, stdout, stderr) of a program's `main` in this process. Its runs land in tmp_path."""
 
     def call(*argv, run_dir=True):
         capsys.readouterr()
-        code = omad.main([*map(str, argv), *(["--run-dir", str(tmp_path)] if run_dir else [])])
+        code = main([*map(str, argv), *(["--run-dir", str(tmp_path)] if run_dir else [])])
         out, err = capsys.readouterr()
         return code, out, err
 
     return call
+
+
+@pytest.fixture
+def cli(tmp_path, capsys):
+    """Runs omad.main in this process, see `caller`."""
+    return caller(omad.main, tmp_path, capsys)
 
 
 @pytest.fixture

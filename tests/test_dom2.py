@@ -17,6 +17,7 @@ import dom2
 import omad
 from common.datasets import load_dataset
 from common.envs import make_env
+from conftest import caller
 from test_omar_tasks import checkpoint
 
 ONE = torch.ones(1, 1, dtype=torch.bool)  # one agent that sees one number and does one thing
@@ -309,13 +310,7 @@ def cli(tmp_path, capsys, folder, monkeypatch):
     """Runs dom2.main in this process: cli("--seed", "1") -> (exit code, stdout, stderr). Runs land in tmp_path."""
     monkeypatch.setattr("common.datasets.DATA", folder.parents[2])
 
-    def call(*argv, run_dir=True):
-        capsys.readouterr()
-        code = dom2.main([*map(str, argv), *(["--run-dir", str(tmp_path)] if run_dir else [])])
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
+    return caller(dom2.main, tmp_path, capsys)
 
 
 def curve(run):
@@ -472,8 +467,10 @@ def test_presets_follow_the_task(folder, tmp_path):
 def test_what_both_files_hold_is_the_same():
     """The two methods share no code, so that each can be read and forked alone; but plumbing that is the same must stay so."""
     same = ("ParallelLinear", "Captured", "unchanged", "pick_device", "write", "write_config", "checksum", "read_flags", "mix_seed",
-            "evaluation_seed", "_duration", "_flag", "_first_line", "BadInput", "FailedRun")  # fmt: skip
+            "evaluation_seed", "_duration", "_flag", "_first_line", "BadInput", "FailedRun", "check_task")  # fmt: skip
     for name in same:
         assert inspect.getsource(getattr(omad, name)) == inspect.getsource(getattr(dom2, name)), name
+    for one, other in ((omad.Run.log, dom2.Run.log), (omad.Run.flush, dom2.Run.flush), (omad.OMAD.tensors, dom2.DOM2.tensors)):
+        assert inspect.getsource(one) == inspect.getsource(other), one
     one, other = (inspect.getsource(module.evaluate).replace(kind, "") for module, kind in ((omad, "OMAD"), (dom2, "DOM2")))
     assert one == other
