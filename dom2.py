@@ -52,7 +52,7 @@ import tyro
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
-from common.datasets import SCORES, DataError, Dataset, data_folder, find_env_id, load_dataset, normalize, versions
+from common.datasets import SCORES, DataError, Dataset, data_folder, find_env_id, load_dataset, normalize, sha256, versions
 from common.envs import TeamEnv, UnknownTask, check_observation, find_prey, find_task, make_env, make_vec
 
 # ============================================================================================================================
@@ -981,7 +981,7 @@ def write_config(path: Path, args: Args) -> None:
 
 def checksum(path: str) -> str:
     """Of a file that a run depends on; "" for none."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else ""
+    return sha256(Path(path)) if path else ""
 
 
 def make_run_dir(args: Args) -> Path:

@@ -24,7 +24,6 @@ import contextlib
 import dataclasses
 import difflib
 import gc
-import hashlib
 import importlib.util
 import io
 import itertools
@@ -50,7 +49,7 @@ import tyro
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
-from common.datasets import versions
+from common.datasets import sha256, versions
 from common.envs import TeamEnv, UnknownTask, check_observation, find_prey, find_task, list_tasks, make_env, make_vec
 
 # ============================================================================================================================
@@ -1124,7 +1123,7 @@ def write_config(path: Path, args: Args) -> None:
 
 def checksum(path: str) -> str:
     """Of a file that a run depends on; "" for none."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else ""
+    return sha256(Path(path)) if path else ""
 
 
 def make_run_dir(args: Args) -> Path:
