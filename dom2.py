@@ -115,6 +115,8 @@ class Args:
     """learning rate of the policies"""
     q_lr: float = 3e-3
     """learning rate of the critics"""
+    lr_decay: bool = True
+    """let both rates fall to zero along half a cosine, so that a run ends quietly"""
     grad_clip: float = 10.0
     """bound on the norm of each agent's gradient"""
 
@@ -550,7 +552,9 @@ class DOM2(nn.Module):
             copy.deepcopy(self.policy).requires_grad_(False),
             copy.deepcopy(self.critic).requires_grad_(False),
         )
-        adam = lambda module, lr: torch.optim.Adam(module.parameters(), lr, fused=True, capturable=device.type == "cuda")
+        # The learning rates are tensors because a captured graph reads them from their place.
+        rate = lambda lr: torch.tensor(lr, device=device)
+        adam = lambda module, lr: torch.optim.Adam(module.parameters(), rate(lr), fused=True, capturable=device.type == "cuda")
         self.optimizers = {"policy": adam(self.policy, args.policy_lr), "critic": adam(self.critic, args.q_lr)}
         for optimizer in self.optimizers.values():  # its state must exist before a graph is captured
             for p in optimizer.param_groups[0]["params"]:
@@ -610,6 +614,10 @@ class DOM2(nn.Module):
                 torch._foreach_lerp_(list(slow.parameters()), list(fast.parameters()), args.tau)
         return logs
 
+    def set_rates(self, policy: float, critic: float) -> None:
+        for name, rate in (("policy", policy), ("critic", critic)):
+            self.optimizers[name].param_groups[0]["lr"].fill_(rate)
+
     def _step(self, name: str, module: nn.Module, loss: Tensor) -> None:
         """A step of one optimiser; the norm of the gradient is bounded for each agent by itself."""
         parameters = list(module.parameters())
@@ -633,11 +641,13 @@ class Learner:
         self.update = Captured(lambda index, *drawn: agent.update(data.sample(index), *drawn), agent.tensors)
         self.to_check = args.cuda_graph and agent.device.type == "cuda"
 
-    def step(self, generator: torch.Generator) -> Logs:
-        """One update of critics, policies and averages."""
+    def step(self, generator: torch.Generator, done: float = 0.0) -> Logs:
+        """One update of critics, policies and averages, when the share `done` of the training is over [deviation E5]."""
         if self.to_check:
             self.to_check = False
             print(f"{self.capture():<100}", flush=True)
+        decay = (1 + math.cos(math.pi * done)) / 2 if self.args.lr_decay else 1.0
+        self.agent.set_rates(self.args.policy_lr * decay, self.args.q_lr * decay)
         return self.update(self.data.draw(self.args.batch_size, generator), *self.agent.draw(generator))
 
     def capture(self) -> str:
@@ -728,7 +738,7 @@ def train(args: Args, saved: dict | None) -> None:
     if not run.rows:
         run.evaluate_and_save(eval_envs)
     while run.step < args.total_updates:
-        run.log(learner.step(generator))
+        run.log(learner.step(generator, run.step / args.total_updates))
         run.step += 1
         run.progress()
         if run.step % args.eval_every == 0 or run.step >= args.total_updates:

@@ -1,9 +1,10 @@
-"""How fast OMAD is here, and how near that is to what the machine can do.
+"""How fast OMAD and DOM2 are here, and how near that is to what the machine can do.
 
     python runs/speed.py                                   # the update, acting and the whole loop, at the preset of Ant 2x4
     python runs/speed.py --inference                       # a joint decision with K = 1, 2, 4, 8 denoising steps, and a Gaussian one
     python runs/speed.py --envs                            # steps of 2 to 16 environments, in one process and in one process each
     python runs/speed.py --loop                            # agents as a tensor dimension against a Python loop over agents
+    python runs/speed.py --dom2                            # DOM2: its update, on the sizes of OMAR's tasks, and against a loop over agents
 
 Versions of the same step are timed in turns, within one process. A ratio is the median over the turns, so it means something on a
 noisy machine where the milliseconds do not. On a machine with a GPU, the first two tables have rows for plain (eager) execution,
@@ -37,13 +38,14 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import dom2
 import omad
 from common.envs import cores, make_env, make_vec
 
 
 @dataclass(frozen=True)
 class Options:
-    """Speed of OMAD's updates and decisions."""
+    """Speed of the updates and decisions of OMAD and of DOM2."""
 
     inference: bool = False
     """the latency of a decision instead"""
@@ -51,8 +53,10 @@ class Options:
     """the speed of the environments alone instead"""
     loop: bool = False
     """batched against looped agents instead, a table of about ten minutes on one CPU core"""
+    dom2: bool = False
+    """DOM2 instead"""
     env_id: str = "mamujoco_ant_2x4"
-    """the task whose preset and sizes are used (not with --loop)"""
+    """the task whose preset and sizes are used (not with --loop and --dom2)"""
     compile: bool = False
     """also time compiled networks on the CPU; on a GPU they always are"""
     many: tuple[int, ...] = (3, 24)
@@ -428,10 +432,113 @@ def loop_table(options: Options) -> list[dict]:
     return rows
 
 
+# --- DOM2 ---
+
+
+def make_offline_learner(env, args: dom2.Args, device: torch.device, captured: bool = False) -> dom2.Learner:
+    """An agent, and 10,000 random transitions in the place of data."""
+    torch.manual_seed(0)
+    (n, o), a, count, rng = env.obs_mask.shape, env.action_mask.shape[1], 10_000, np.random.default_rng(0)
+    normal = lambda *shape: rng.standard_normal((count, n, *shape), np.float32)
+    source = SimpleNamespace(
+        obs=normal(o), next_obs=normal(o), actions=np.tanh(normal(a)), rewards=normal(), terminations=np.zeros(count, bool),
+        next_known=np.ones(count, bool), episodes=np.array([[0, count]]), returns=np.zeros(1),
+    )  # fmt: skip
+    learner = dom2.Learner(dom2.DOM2(env, args, device), dom2.Data(source, env, args, device), args)
+    learner.to_check = False
+    learner.update.enabled = learner.agent.chain.enabled = captured
+    return learner
+
+
+def offline_bytes(learner: dom2.Learner) -> float:
+    """Compulsory bytes of an update: every weight and average read, Adam's traffic, the averages written, the rows of the batch."""
+    weights = sum(p.numel() for module in (learner.agent.policy, learner.agent.critic) for p in module.parameters())
+    return 4 * (weights * (1 + 8 + 2) + 2 * learner.args.batch_size * learner.data.table[0].numel())
+
+
+def dom2_table(options: Options) -> list[dict]:
+    """A whole update (drawing, critics, policies, averages) of both networks and the baseline, and the loop over agents."""
+    device = dom2.pick_device(options.device)
+    cuda = device.type == "cuda"
+    print(describe(device, options))
+    flops_rate, bytes_rate = peaks(device)
+    print(f"one large product: {flops_rate / 1e12:.2f} TFLOP/s; one large copy: {bytes_rate / 1e9:.0f} GB/s")
+    versions = {"eager": (False, False)}
+    if cuda:
+        versions |= {"graph": (True, False), "graph, compiled": (True, True)}
+    elif options.compile:
+        versions["compiled"] = (False, True)
+    result = []
+    print(
+        "task                 | networks      | version         | update ms | updates/s | eager / this | share of floor | GFLOP |  MB | act ms | GPU GiB"
+    )
+    for env_id in ("omar_simple_spread", "omar_halfcheetah_2x3"):
+        env = make_env(env_id)
+        for label, changes in (("U-Net", {}), ("MLP", dict(network="mlp")), ("deterministic", dict(policy="deterministic"))):
+            functions, acts, rows = {}, {}, []
+            for name, (captured, compiled) in versions.items():
+                held = torch.cuda.memory_reserved() if cuda else 0
+                args = dataclasses.replace(dom2.preset(DATA_SET[env_id]), compile=compiled, **changes)
+                learner, generator = make_offline_learner(env, args, device, captured), torch.Generator(device).manual_seed(0)
+                functions[name] = lambda learner=learner, generator=generator: learner.step(generator)
+                obs = np.zeros((args.eval_episodes, *env.obs_mask.shape), np.float32)
+                acts[name] = lambda learner=learner, generator=generator, obs=obs: learner.agent.act(obs, generator)
+                functions[name](), acts[name]()
+                rows.append(dict(env_id=env_id, networks=label, version=name))
+                rows[-1]["gpu_gib"] = f"{(torch.cuda.memory_reserved() - held) / 2**30:.2f}" if cuda else ""
+                if name == "eager":
+                    with FlopCounterMode(display=False) as counter:
+                        functions[name]()
+                    flops, traffic = counter.get_total_flops(), offline_bytes(learner)
+            floor = max(flops / flops_rate, traffic / bytes_rate)
+            updates, decisions = (in_turns(kind, options.turns, 50 if cuda else 5) for kind in (functions, acts))
+            for row in rows:
+                name, middle = row["version"], lambda times: 1e3 * statistics.median(times[row["version"]])
+                row |= dict(update_ms=round(middle(updates), 3), updates_per_s=round(1e3 / middle(updates)))
+                row |= dict(ratio=round(statistics.median(a / b for a, b in zip(updates["eager"], updates[name])), 2))
+                row |= dict(share=round(1e3 * floor / middle(updates), 3), act_ms=round(middle(decisions), 3))
+                row |= dict(gflop=round(flops / 1e9, 3), mb=round(traffic / 1e6, 1), floor_ms=round(1e3 * floor, 4))
+                print(
+                    f"{env_id:20s} | {label:13s} | {name:15s} | {row['update_ms']:9.3f} | {row['updates_per_s']:9,d} | {row['ratio']:11.2f}x | "
+                    f"{row['share']:14.1%} | {row['gflop']:5.2f} | {row['mb']:3.0f} | {row['act_ms']:6.3f} | {row['gpu_gib']:>7}",
+                    flush=True,
+                )
+            result += rows
+    loop_of_learners(options, device)
+    return result
+
+
+DATA_SET = {"omar_simple_spread": "omar_simple_spread-medium", "omar_halfcheetah_2x3": "omar_halfcheetah_2x3-medium"}
+
+
+def loop_of_learners(options: Options, device: torch.device) -> None:
+    """N agents in one learner against N learners of one agent: agents learn alone, so both do the same updates."""
+    cuda = device.type == "cuda"
+    for n in options.agents:
+        space = lambda n: SimpleNamespace(obs_mask=np.ones((n, 18), bool), action_mask=np.ones((n, 2), bool), num_agents=n)
+        for captured in [False, True][: 1 + cuda]:
+            learners = {
+                "batched": [make_offline_learner(space(n), dom2.Args(), device, captured)],
+                "loop": [make_offline_learner(space(1), dom2.Args(), device, captured) for _ in range(n)],
+            }
+            generator = torch.Generator(device).manual_seed(0)
+            functions = {
+                name: lambda parts=parts: [learner.step(generator) for learner in parts] for name, parts in learners.items()
+            }
+            times = in_turns(functions, options.turns, 10 if cuda else 2)
+            batched, loop = (1e3 * statistics.median(times[name]) for name in ("batched", "loop"))
+            ratio = statistics.median(a / b for a, b in zip(times["loop"], times["batched"]))
+            print(
+                f"{n:3d} agents, MPE sizes{', graphs' * captured}: batched {batched:.2f} ms an update, loop {loop:.2f} ms; loop / batched {ratio:.2f}x",
+                flush=True,
+            )
+
+
 def main() -> None:
     options = tyro.cli(Options)
     torch.set_num_threads(options.torch_threads)
-    table = {options.envs: envs_table, options.loop: loop_table, options.inference: inference_table}.get(True, update_table)
+    tables = {options.envs: envs_table, options.loop: loop_table, options.inference: inference_table, options.dom2: dom2_table}
+    table = tables.get(True, update_table)
     rows = table(options)
     if options.output:
         with open(options.output, "w", newline="") as file:

@@ -2,22 +2,27 @@
 
 import dataclasses
 import functools
+from types import SimpleNamespace
 
+import collect
 import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import dom2
 import omad
 from common.envs import make_env
-from conftest import SHORT
+from conftest import SHORT, caller
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: CUDA graphs are NOT tested on this machine")
 CPU = torch.device("cpu")
 
 
-def make_learner(device=CPU, env_id="mamujoco_halfcheetah_2x3", **changes):
-    """A small agent, and a replay of 500 random transitions of which every third ends an episode."""
+def make_learner(device=CPU, env_id="mamujoco_halfcheetah_2x3", program=omad, **changes):
+    """A small agent, and 500 random transitions of which every third ends an episode."""
+    if program is dom2:
+        return make_dom2_learner(device, **changes)
     small = dict(policy_hidden=32, critic_hidden=32, batch_size=32, n_atoms=21, v_min=-10.0, v_max=10.0, buffer_size=600, alpha=0.1)
     args, env = dataclasses.replace(omad.preset(env_id), **small | changes), make_env(env_id)
     torch.manual_seed(0)
@@ -30,12 +35,46 @@ def make_learner(device=CPU, env_id="mamujoco_halfcheetah_2x3", **changes):
     return learner
 
 
+def make_dom2_learner(device=CPU, **changes):
+    small = dict(policy_hidden=16, critic_hidden=32, batch_size=32, cql_actions=3)
+    args, env = dataclasses.replace(dom2.Args(), **small | changes), make_env("mamujoco_halfcheetah_2x3")
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: rng.standard_normal((500, 2, *shape)).astype(np.float32)
+    episodes = np.stack([np.arange(0, 500, 25), np.arange(25, 501, 25)], 1)
+    source = SimpleNamespace(
+        obs=normal(19), next_obs=normal(19), actions=np.tanh(normal(3)), rewards=normal(), terminations=np.arange(500) % 3 == 0,
+        next_known=np.ones(500, bool), episodes=episodes, returns=rng.standard_normal(20),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    agent = dom2.DOM2(env, args, torch.device("cpu"))  # the same weights on every device
+    if device.type != "cpu":
+        weights, agent = agent.state_dict(), dom2.DOM2(env, args, device)
+        agent.load_state_dict(weights)
+    learner = dom2.Learner(agent, dom2.Data(source, env, args, device), args)
+    learner.to_check = False
+    return learner
+
+
 def draws(learner, policies=True):
     g, batch = torch.Generator(learner.agent.device).manual_seed(1), learner.args.batch_size
+    if isinstance(learner, dom2.Learner):
+        return learner.data.draw(batch, g), *learner.agent.draw(g)
     return learner.replay.draw(batch, g), *(learner.agent.policy.noise(batch, g) for _ in range(1 + policies))
 
 
 VARIANTS = [dict(), dict(policy="gaussian"), dict(target_networks=True), dict(autotune=False)]
+VARIANTS += [
+    dict(program=dom2, **x)
+    for x in (dict(), dict(network="mlp"), dict(policy="deterministic"), dict(q_weight=0.0), dict(q_scale="mean"))
+]
+
+
+def chain_inputs(learner, batch):
+    """What the policies' chain takes in acting: observations and noise."""
+    noise = learner.agent.policy.noise(batch, torch.Generator())
+    if isinstance(learner, dom2.Learner):
+        return torch.zeros(2, batch, 19), *([] if noise is None else [noise])
+    return torch.zeros(batch, 2, 19), noise
 
 
 class Watch(TorchDispatchMode):
@@ -59,9 +98,9 @@ class Watch(TorchDispatchMode):
 @pytest.mark.parametrize("changes", VARIANTS)
 def test_an_update_neither_waits_nor_draws(changes):
     learner = make_learner(**changes)
-    inputs, noise = draws(learner), learner.agent.policy.noise(4, torch.Generator())
+    inputs, chain = draws(learner), chain_inputs(learner, 4)
     with Watch() as watch:
-        learner.update(*inputs), learner.agent.chain(torch.zeros(4, 2, 19), noise)
+        learner.update(*inputs), learner.agent.chain(*chain)
     assert watch.found == []
     with Watch() as watch:
         torch.ones(2).sum().item(), torch.randn(2), torch.ones(2)[torch.ones(2) > 0]
@@ -74,14 +113,17 @@ def test_an_update_changes_its_tensors_in_place_and_no_others(changes):
     learner = make_learner(**changes)
     agent = learner.agent
     addresses, values = [x.data_ptr() for x in agent.tensors()], [x.clone() for x in agent.tensors()]
-    untouched = [learner.replay.rows.clone(), *(x.clone() for x in agent.policy.buffers())]
+    rows = learner.data.table if isinstance(learner, dom2.Learner) else learner.replay.rows
+    untouched = [rows.clone(), *(x.clone() for x in agent.policy.buffers())]
     with omad.unchanged(agent.tensors()):
         first = {name: value.clone() for name, value in learner.update(*draws(learner)).items()}
         learner.update(*draws(learner))
-        assert sum(not torch.equal(x, y) for x, y in zip(agent.tensors(), values)) > 0.9 * len(values) * (not changes)
+        assert sum(not torch.equal(x, y) for x, y in zip(agent.tensors(), values)) > 0.9 * len(values) * (
+            set(changes) <= {"program"}
+        )
     assert [x.data_ptr() for x in agent.tensors()] == addresses
     assert all(torch.equal(x, y) for x, y in zip(agent.tensors(), values))
-    assert all(torch.equal(x, y) for x, y in zip([learner.replay.rows, *agent.policy.buffers()], untouched))
+    assert all(torch.equal(x, y) for x, y in zip([rows, *agent.policy.buffers()], untouched))
     again = learner.update(*draws(learner))  # nothing else remembers the two updates
     assert all(torch.equal(value, again[name]) for name, value in first.items())
 
@@ -110,17 +152,21 @@ def fake_capture(monkeypatch, spoil=1.0, error=None):
         copies = result.clone() if isinstance(result, torch.Tensor) else {name: value.clone() for name, value in result.items()}
         return FakeGraph(self.function, places, copies, spoil), places, copies
 
-    monkeypatch.setattr(omad.Captured, "_capture", capture)
+    for program in (omad, dom2):
+        monkeypatch.setattr(program.Captured, "_capture", capture)
 
 
-def test_graphs_are_trusted_if_they_repeat_the_losses(monkeypatch):
+@pytest.mark.parametrize("program", [omad, dom2])
+def test_graphs_are_trusted_if_they_repeat_the_losses(program, monkeypatch):
     fake_capture(monkeypatch)
-    plain, captured = make_learner(), make_learner()
+    plain, captured = make_learner(program=program), make_learner(program=program)
     before = [x.clone() for x in captured.agent.tensors()]
     assert captured.capture().startswith("graphs    on: losses of 200 updates differ by at most 0.0e+00")
-    assert captured.update.enabled and captured.agent.chain.enabled and captured.updates == 0
+    assert captured.update.enabled and captured.agent.chain.enabled
     assert all(torch.equal(x, y) for x, y in zip(captured.agent.tensors(), before))
-    assert sorted(len(shapes) for shapes in captured.update.graphs) == [2, 3]  # one with, one without the policies
+    if program is omad:
+        assert captured.updates == 0
+        assert sorted(len(shapes) for shapes in captured.update.graphs) == [2, 3]  # one with, one without the policies
     g, h = torch.Generator().manual_seed(2), torch.Generator().manual_seed(2)
     for _ in range(6):
         want = {name: value.clone() for name, value in plain.step(g).items()}
@@ -132,32 +178,38 @@ def test_graphs_are_trusted_if_they_repeat_the_losses(monkeypatch):
     np.testing.assert_array_equal(captured.agent.act(obs[:1], g), plain.agent.act(obs[:1], h))  # another shape, another graph
 
 
+@pytest.mark.parametrize("program", [omad, dom2])
 @pytest.mark.parametrize("spoil, error", [(1.05, None), (float("nan"), None), (1.0, "operation not permitted\nwhile capturing")])
-def test_graphs_that_do_not_repeat_the_losses_are_left_off(monkeypatch, spoil, error):
+def test_graphs_that_do_not_repeat_the_losses_are_left_off(program, monkeypatch, spoil, error):
     fake_capture(monkeypatch, spoil, error)
-    learner, plain = make_learner(), make_learner()
+    learner, plain = make_learner(program=program), make_learner(program=program)
     message = learner.capture()
     assert message.startswith("graphs    off: ") and "\n" not in message and (not error or "not permitted" in message)
-    assert not learner.update.enabled and not learner.agent.chain.enabled and learner.updates == 0
+    assert not learner.update.enabled and not learner.agent.chain.enabled and getattr(learner, "updates", 0) == 0
     g, h = torch.Generator().manual_seed(2), torch.Generator().manual_seed(2)
     for _ in range(3):
         got, want = learner.step(g), plain.step(h)
         assert all(torch.equal(value, got[name]) for name, value in want.items())
 
 
-def test_the_check_runs_once_before_the_first_update(monkeypatch, capsys):
-    calls = []
-    monkeypatch.setattr(omad.Learner, "capture", lambda self: calls.append(self.updates) or "graphs    on: ...")
-    learner = make_learner()
+@pytest.mark.parametrize("program", [omad, dom2])
+def test_the_check_runs_once_before_the_first_update(program, monkeypatch, capsys):
+    steps, calls = [], []
+    monkeypatch.setattr(program.Learner, "capture", lambda self: calls.append(len(steps)) or "graphs    on: ...")
+    learner = make_learner(program=program)
     learner.to_check = True
     for _ in range(3):
         learner.step(torch.Generator().manual_seed(0))
+        steps.append(1)
     assert calls == [0] and "graphs" in capsys.readouterr().out
 
 
 def test_no_graphs_on_the_cpu():
-    learner = omad.Learner(make_learner().agent, None, omad.preset("mamujoco_ant_2x4"))
-    assert not learner.to_check and not learner.update.enabled
+    for learner in (
+        omad.Learner(make_learner().agent, None, omad.preset("mamujoco_ant_2x4")),
+        dom2.Learner(make_learner(program=dom2).agent, None, dom2.Args()),
+    ):
+        assert not learner.to_check and not learner.update.enabled
 
 
 def test_learning_while_the_environments_step(cli, tmp_path, monkeypatch):
@@ -211,8 +263,9 @@ def test_captured_updates_equal_eager_ones(changes, precision):
 
 
 @gpu
-def test_an_update_on_a_gpu_never_waits(precision):
-    learner = make_learner(torch.device("cuda"))
+@pytest.mark.parametrize("program", [omad, dom2])
+def test_an_update_on_a_gpu_never_waits(program, precision):
+    learner = make_learner(torch.device("cuda"), program=program)
     learner.capture()
     g = torch.Generator("cuda").manual_seed(0)
     for enabled in (False, True):
@@ -228,8 +281,9 @@ def test_an_update_on_a_gpu_never_waits(precision):
 
 
 @gpu
-def test_captured_actions_equal_eager_ones(precision):
-    learner = make_learner(torch.device("cuda"))
+@pytest.mark.parametrize("program", [omad, dom2])
+def test_captured_actions_equal_eager_ones(program, precision):
+    learner = make_learner(torch.device("cuda"), program=program)
     obs = np.random.default_rng(0).standard_normal((5, 2, 19)).astype(np.float32)
     actions = []
     for learner.agent.chain.enabled in (False, True, True):
@@ -239,10 +293,11 @@ def test_captured_actions_equal_eager_ones(precision):
 
 
 @gpu
-def test_gpu_equals_cpu(precision):
+@pytest.mark.parametrize("program", [omad, dom2])
+def test_gpu_equals_cpu(program, precision):
     """The same updates from the same state and draws, in full float32, on both devices."""
     torch.set_float32_matmul_precision("highest")
-    here, there = make_learner(), make_learner(torch.device("cuda"))
+    here, there = make_learner(program=program), make_learner(torch.device("cuda"), program=program)
     there.agent.load_state_dict(here.agent.state_dict())
     inputs = draws(here)
     for _ in range(3):
@@ -253,8 +308,9 @@ def test_gpu_equals_cpu(precision):
 
 @gpu
 @pytest.mark.slow
-def test_compiled_losses_in_graphs(precision):
-    learner = make_learner(torch.device("cuda"), compile=True)
+@pytest.mark.parametrize("program", [omad, dom2])
+def test_compiled_losses_in_graphs(program, precision):
+    learner = make_learner(torch.device("cuda"), program=program, compile=True)
     message = learner.capture()
     assert message.startswith("graphs    on"), message
 
@@ -270,13 +326,26 @@ def test_a_run_on_a_gpu_and_its_checkpoint_elsewhere(cli, tmp_path):
     assert code == 0 and "random numbers go on differently" in out, err
 
 
+@gpu
+def test_an_offline_run_on_a_gpu_and_its_checkpoint_elsewhere(tmp_path, capsys):
+    folder = collect.collect(collect.Options("omar_simple_spread-random", 500, out=tmp_path / "data"))
+    run = caller(dom2.main, tmp_path, capsys)
+    flags = ["--dataset", folder, "--batch-size", 32, "--total-updates", 40, "--eval-every", 20, "--eval-episodes", 2]
+    code, out, err = run(*flags, "--device", "cuda")
+    assert code == 0 and "graphs    on" in out, (out, err)
+    (path,) = tmp_path.glob("*__dom2__*")
+    code, out, err = run("--resume", path, "--total-updates", 60, "--device", "cpu", run_dir=False)
+    assert code == 0 and "random numbers go on differently" in out, err
+
+
 # --- compiling ---
 
 
-def test_compiled_losses_equal_plain_ones(monkeypatch):
+@pytest.mark.parametrize("program", [omad, dom2])
+def test_compiled_losses_equal_plain_ones(program, monkeypatch):
     """Traced and differentiated as for a compiler, but run by torch's own operators: generating code takes minutes on a CPU."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager", fullgraph=True))
-    plain, compiled = make_learner(), make_learner(compile=True)
+    plain, compiled = make_learner(program=program), make_learner(program=program, compile=True)
     g, h = (torch.Generator().manual_seed(2) for _ in range(2))
     for _ in range(6):
         want, got = plain.step(g), compiled.step(h)
