@@ -199,52 +199,55 @@ class ParallelLinear(nn.Module):
 
 
 class UNet(nn.Module):
-    """Residual U-Net on vectors: x [N, B, A], condition [N, B, C] -> [N, B, A] [DOM2 network].
+    """Residual U-Net on vectors: x [N, B, A] -> [N, B, A], told a condition [N, B, sum of `widths`] [DOM2 network].
 
     Widths H, H/2, H/4 on the way down, H/2 and H on the way up, where what went down at the same width comes in again (the skips).
     """
 
-    def __init__(self, n: int, a: int, condition: int, hidden: int):
+    def __init__(self, n: int, a: int, hidden: int):
         super().__init__()
         wide, middle, narrow = hidden, hidden // 2, hidden // 4
-        block = lambda n_in, n_out: Block(n, n_in, n_out, condition)
-        self.down1, self.down2, self.down3 = block(a, wide), block(wide, middle), block(middle, narrow)
-        self.middle = block(narrow, narrow)
-        self.up1, self.up2 = block(2 * narrow, middle), block(2 * middle, wide)
+        self.widths = [wide, middle, narrow, narrow, middle, wide]  # of the condition of each block
+        self.down1, self.down2, self.down3 = Block(n, a, wide), Block(n, wide, middle), Block(n, middle, narrow)
+        self.middle = Block(n, narrow, narrow)
+        self.up1, self.up2 = Block(n, 2 * narrow, middle), Block(n, 2 * middle, wide)
         self.out = ParallelLinear(n, wide, a)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        down1 = self.down1(x, condition)
-        down2 = self.down2(down1, condition)
-        down3 = self.down3(down2, condition)
-        h = self.up1(torch.cat([self.middle(down3, condition), down3], -1), condition)
-        return self.out(self.up2(torch.cat([h, down2], -1), condition) + down1)
+        parts = condition.split(self.widths, -1)
+        down1 = self.down1(x, parts[0])
+        down2 = self.down2(down1, parts[1])
+        down3 = self.down3(down2, parts[2])
+        up1 = self.up1(torch.cat([self.middle(down3, parts[3]), down3], -1), parts[4])
+        return self.out(self.up2(torch.cat([up1, down2], -1), parts[5]) + down1)
 
 
 class Block(nn.Module):
-    """x + f(x): two layers, the condition added between them; a linear map of x where the width changes."""
+    """x + f(x): two layers, the condition added between them. Where the width changes, a linear map of x, computed with the first."""
 
-    def __init__(self, n: int, n_in: int, n_out: int, condition: int):
+    def __init__(self, n: int, n_in: int, n_out: int):
         super().__init__()
-        self.layer1, self.condition = ParallelLinear(n, n_in, n_out), ParallelLinear(n, condition, n_out)
-        self.layer2 = ParallelLinear(n, n_out, n_out)
-        self.skip = ParallelLinear(n, n_in, n_out) if n_in != n_out else nn.Identity()
+        self.changes = n_in != n_out
+        self.layer1, self.layer2 = ParallelLinear(n, n_in, n_out * (1 + self.changes)), ParallelLinear(n, n_out, n_out)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        return self.skip(x) + self.layer2(F.silu(self.layer1(x) + self.condition(condition)))
+        h, skip = self.layer1(x).chunk(2, -1) if self.changes else (self.layer1(x), x)
+        return skip + self.layer2(F.silu(h + condition))
 
 
 class MLP(nn.Module):
-    """Three layers of H on x and the condition: x [N, B, A], condition [N, B, C] -> [N, B, A]."""
+    """Three layers of H on x and the condition: x [N, B, A], condition [N, B, H] -> [N, B, A]."""
 
-    def __init__(self, n: int, a: int, condition: int, hidden: int):
+    def __init__(self, n: int, a: int, hidden: int):
         super().__init__()
-        self.in_x, self.in_condition = ParallelLinear(n, a, hidden), ParallelLinear(n, condition, hidden)
-        self.hidden1, self.hidden2, self.out = (ParallelLinear(n, hidden, size) for size in (hidden, hidden, a))
+        self.widths = [hidden]
+        self.hidden0, self.hidden1, self.hidden2, self.out = (
+            ParallelLinear(n, n_in, n_out) for n_in, n_out in ((a, hidden), (hidden, hidden), (hidden, hidden), (hidden, a))
+        )
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        h = F.silu(self.in_x(x) + self.in_condition(condition))
-        return self.out(F.silu(self.hidden2(F.silu(self.hidden1(h)))))
+        h = F.silu(self.hidden1(F.silu(self.hidden0(x) + condition)))
+        return self.out(F.silu(self.hidden2(h)))
 
 
 class DiffusionPolicy(nn.Module):
@@ -260,21 +263,22 @@ class DiffusionPolicy(nn.Module):
         super().__init__()
         n, o = obs_mask.shape
         a, hidden, embed = action_mask.shape[1], args.policy_hidden, 32
-        joined = max(64, hidden // 4)  # width of the condition
-        self.register_buffer("obs_mask", obs_mask.float(), persistent=False)
+        joined = max(64, hidden // 4)
+        self.register_buffer("obs_mask", obs_mask.float()[:, None], persistent=False)  # [N, 1, O]
         self.register_buffer("action_mask", action_mask.float()[:, None], persistent=False)  # [N, 1, A]
         self.register_buffer("frequency", torch.randn(embed // 2) * 16, persistent=True)
-        self.time = ParallelLinear(n, embed, embed)
-        self.obs = ParallelLinear(n, o, embed, obs_mask.sum(1))
-        self.join1, self.join2 = ParallelLinear(n, 2 * embed, joined), ParallelLinear(n, joined, joined)
-        self.network = (UNet if args.network == "unet" else MLP)(n, a, joined, hidden)
+        self.obs, self.time = ParallelLinear(n, o, embed, obs_mask.sum(1)), ParallelLinear(n, embed, embed)
+        self.join_obs, self.join_time = ParallelLinear(n, embed, joined), ParallelLinear(n, embed, joined)
+        self.network = (UNet if args.network == "unet" else MLP)(n, a, hidden)
+        self.tell = ParallelLinear(n, joined, sum(self.network.widths))
         self.set_steps(args.solver_steps)
 
     def set_steps(self, steps: int) -> None:
         """K and its grid of times, finer towards the end [deviation E1]: uniform steps end far from the data's spread."""
-        root = torch.linspace(1.0, self.END**0.5, steps + 1, device=self.obs_mask.device)
+        times = torch.linspace(1.0, self.END ** (1 / 3), steps + 1, dtype=torch.float64) ** 3  # [K + 1]
+        self.alpha, self.sigma = (scale.tolist() for scale in self.scales(times))
+        self.register_buffer("times", times.float().to(self.obs_mask.device), persistent=False)
         self.steps = steps
-        self.register_buffer("times", root**2, persistent=False)  # [K + 1]
 
     def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """alpha_t and sigma_t."""
@@ -287,16 +291,27 @@ class DiffusionPolicy(nn.Module):
         n, _, a = self.action_mask.shape
         return torch.randn(n, batch, a, generator=generator, device=generator.device)
 
-    def predict(self, x: Tensor, obs: Tensor, t: Tensor) -> Tensor:
-        """The noise in x [N, B, A] at times t [N or 1, B or 1, 1], given what `see` made of the observations [N, B, 32]."""
-        angle = 2 * math.pi * t * self.frequency  # [1, B or 1, 16]
-        time = self.time(torch.cat([angle.sin(), angle.cos()], -1).expand(len(x), -1, -1))  # [N, B or 1, 32]
-        join = torch.cat([obs, time.expand(-1, obs.shape[1], -1)], -1)
-        return self.network(x, self.join2(F.silu(self.join1(F.silu(join))))) * self.action_mask
+    def condition(self, obs: Tensor, t: Tensor) -> Tensor:
+        """What the network is told at the times t [K, B or 1]: obs [N, B, O] -> [K, N, B, C]. It does not depend on x, so that a
+        chain needs it only once, for all its steps."""
+        (n, b, _), k = obs.shape, len(t)
+        angle = 2 * math.pi * t[..., None] * self.frequency  # [K, B or 1, 16]
+        wave = torch.cat([angle.sin(), angle.cos()], -1).flatten(0, 1).expand(n, -1, -1)  # [N, K * (B or 1), 32]
+        time = self.join_time(F.silu(self.time(wave))).unflatten(1, (k, -1))  # [N, K, B or 1, 64]
+        seen = self.join_obs(F.silu(self.obs(obs * self.obs_mask)))  # [N, B, 64]
+        both = F.silu(seen[:, None] + time).flatten(1, 2)  # [N, K * B, 64]
+        told = self.tell(both).view(n, k, b, -1).transpose(0, 1)
+        alpha, sigma = (scale[:, None, :, None].expand(-1, n, b, 1) for scale in self.scales(t))
+        return torch.cat([told, alpha, sigma], -1)
 
-    def see(self, obs: Tensor) -> Tensor:
-        """obs [N, B, O] -> [N, B, 32], the same at all times."""
-        return self.obs(obs * self.obs_mask[:, None])
+    def predict(self, x: Tensor, condition: Tensor) -> Tensor:
+        """The noise in x [N, B, A] at the time and with the observations of which `condition` [N, B, C] was made.
+
+        eps = sigma_t x + alpha_t network(x, o, t) [deviation E6]: nearly all of x is noise at t = 1, and an error of the network there,
+        where the solver divides by alpha = 0.007, must not count 150 times.
+        """
+        told, alpha, sigma = condition.split([condition.shape[-1] - 2, 1, 1], -1)
+        return (sigma * x + alpha * self.network(x, told)) * self.action_mask
 
     def forward(self, obs: Tensor, noise: Tensor) -> Tensor:
         """Samples: obs [N, B, O], noise from `noise` -> action [N, B, A] in [-1, 1].
@@ -306,13 +321,11 @@ class DiffusionPolicy(nn.Module):
         [DOM2 solver]. In these words it can be clipped to the box, as it has to: at t = 1, alpha is 0.007, and an error in eps
         counts 150 times [deviation E2].
         """
-        seen, x = self.see(obs), noise * self.action_mask
-        alpha, sigma = self.scales(self.times)
-        for k in range(self.steps):
-            eps = self.predict(x, seen, self.times[k].view(1, 1, 1))
-            action = ((x - sigma[k] * eps) / alpha[k]).clamp(-1.0, 1.0)
-            eps = (x - alpha[k] * action) / sigma[k]
-            x = alpha[k + 1] * action + sigma[k + 1] * eps
+        x, condition = noise * self.action_mask, self.condition(obs, self.times[:-1, None])
+        for k, (alpha, sigma) in enumerate(zip(self.alpha[:-1], self.sigma)):
+            action = ((x - sigma * self.predict(x, condition[k])) / alpha).clamp(-1.0, 1.0)
+            eps = (x - alpha * action) / sigma
+            x = self.alpha[k + 1] * action + self.sigma[k + 1] * eps
         return x.clamp(-1.0, 1.0)
 
 
@@ -344,7 +357,8 @@ class DeterministicPolicy(nn.Module):
 
 
 class Critic(nn.Module):
-    """Twin critics of every agent, on what it sees and does alone: (obs [N, B, O], action [N, B, A]) -> [Q, N, B]."""
+    """Twin critics of every agent, on what it sees and does alone: (obs [N, B, O], action [N, M * B, A]) -> [Q, N, M * B], for M
+    actions per observation."""
 
     def __init__(self, obs_mask: Tensor, action_mask: Tensor, args: Args):
         super().__init__()
@@ -352,14 +366,17 @@ class Critic(nn.Module):
         a, hidden = action_mask.shape[1], args.critic_hidden
         self.register_buffer("obs_mask", obs_mask.float()[:, None], persistent=False)  # [N, 1, O]
         self.register_buffer("action_mask", action_mask.float()[:, None], persistent=False)  # [N, 1, A]
-        fan_in = (obs_mask.sum(1) + action_mask.sum(1)).repeat(2)
+        fan_in = (obs_mask.sum(1) + action_mask.sum(1)).repeat_interleave(2)
         self.in_obs, self.in_action = ParallelLinear(2 * n, o, hidden, fan_in), ParallelLinear(2 * n, a, hidden, fan_in)
         self.hidden1, self.out = ParallelLinear(2 * n, hidden, hidden), ParallelLinear(2 * n, hidden, 1)
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
-        n, b, _ = action.shape
-        h = self.in_obs((obs * self.obs_mask).repeat(2, 1, 1)) + self.in_action((action * self.action_mask).repeat(2, 1, 1))
-        return self.out(F.relu(self.hidden1(F.relu(h)))).view(2, n, b)
+        (n, b, _), rows = obs.shape, action.shape[1]
+        twice = lambda x: x[:, None].expand(-1, 2, -1, -1).flatten(0, 1)  # the two critics of an agent stand side by side
+        seen = self.in_obs(twice(obs * self.obs_mask))[:, None]  # [N * Q, 1, B, H]
+        done = self.in_action(twice(action * self.action_mask)).unflatten(1, (-1, b))  # [N * Q, M, B, H]
+        h = F.relu(seen + done).flatten(1, 2)
+        return self.out(F.relu(self.hidden1(h))).view(n, 2, rows).transpose(0, 1)
 
 
 # ============================================================================================================================
@@ -384,8 +401,9 @@ def critic_loss(critic: Critic, target: Critic, target_policy: nn.Module, batch:
     value = critic(batch["obs"], batch["action"])  # [Q, N, B]
     td = ((value - goal) ** 2).mean(-1).sum(0)  # [N]
     m, n, rows, a = uniform.shape
-    obs = batch["obs"][:, :rows].repeat(1, m, 1)  # [N, M * rows, O]
-    other = critic(obs, uniform.transpose(0, 1).reshape(n, m * rows, a)).view(2, n, m, rows)
+    other = critic(batch["obs"][:, :rows], uniform.transpose(0, 1).reshape(n, m * rows, a)).unflatten(
+        2, (m, rows)
+    )  # [Q, N, M, rows]
     gap = (other.logsumexp(2) - value[:, :, :rows]).mean(-1).sum(0)  # [N]
     loss = (td + args.cql_weight * gap).sum()
     with torch.no_grad():
@@ -398,9 +416,9 @@ def critic_loss(critic: Critic, target: Critic, target_policy: nn.Module, batch:
 
 
 def imitation_loss(policy: DiffusionPolicy, batch: dict[str, Tensor], t: Tensor, eps: Tensor) -> tuple[Tensor, Logs]:
-    """E || eps - eps_theta(alpha_t a + sigma_t eps, o, t) ||^2, summed over agents [DOM2 imitation]. t [1, B, 1], eps [N, B, A]."""
-    alpha, sigma = policy.scales(t)
-    predicted = policy.predict(alpha * batch["action"] + sigma * eps, policy.see(batch["obs"]), t)
+    """E || eps - eps_theta(alpha_t a + sigma_t eps, o, t) ||^2, summed over agents [DOM2 imitation]. t [1, B], eps [N, B, A]."""
+    alpha, sigma = policy.scales(t[..., None])  # [1, B, 1]
+    predicted = policy.predict(alpha * batch["action"] + sigma * eps, policy.condition(batch["obs"], t)[0])
     loss = ((eps * policy.action_mask - predicted) ** 2).sum(-1).mean(1).sum()
     return loss, {"losses/imitation": loss.detach()}
 
@@ -591,7 +609,7 @@ class DOM2(nn.Module):
         return [
             uniform,
             self.policy.noise(b, generator),
-            end + (1 - end) * rand(1, b, 1),
+            end + (1 - end) * rand(1, b),
             eps,
             self.policy.noise(max(1, round(args.q_rows * b)), generator),
         ]
@@ -623,11 +641,12 @@ class DOM2(nn.Module):
         parameters = list(module.parameters())
         self.optimizers[name].zero_grad()
         loss.backward(inputs=parameters)
-        n = self.policy.action_mask.shape[0]
-        squares = sum((p.grad**2).flatten(1).sum(1).view(-1, n).sum(0) for p in parameters)  # [N]; critics are [Q * N, ...]
-        scale = (self.args.grad_clip / (squares.sqrt() + 1e-6)).clamp(max=1.0)
-        for p in parameters:
-            p.grad.mul_(scale.repeat(len(p) // n).view(-1, *[1] * (p.dim() - 1)))
+        grads = [
+            p.grad.view(len(self.policy.action_mask), -1) for p in parameters
+        ]  # [N, ...]; an agent's two critics are neighbours
+        scale = (self.args.grad_clip / (torch.cat(grads, 1).norm(dim=1, keepdim=True) + 1e-6)).clamp(max=1.0)  # [N, 1]
+        for grad in grads:
+            grad.mul_(scale)
         self.optimizers[name].step()
 
 
