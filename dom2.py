@@ -358,7 +358,11 @@ class DeterministicPolicy(nn.Module):
 
 class Critic(nn.Module):
     """Twin critics of every agent, on what it sees and does alone: (obs [N, B, O], action [N, M * B, A]) -> [Q, N, M * B], for M
-    actions per observation."""
+    actions per observation.
+
+    Q = shift + scale * network, with numbers that fit the rewards in the data [deviation E7]: a network that starts at 0 needs
+    thousands of updates to climb to values around 150, and the policies follow it meanwhile.
+    """
 
     def __init__(self, obs_mask: Tensor, action_mask: Tensor, args: Args):
         super().__init__()
@@ -367,6 +371,8 @@ class Critic(nn.Module):
         self.register_buffer("obs_mask", obs_mask.float()[:, None], persistent=False)  # [N, 1, O]
         self.register_buffer("action_mask", action_mask.float()[:, None], persistent=False)  # [N, 1, A]
         fan_in = (obs_mask.sum(1) + action_mask.sum(1)).repeat_interleave(2)
+        self.register_buffer("shift", torch.zeros(n, 1))
+        self.register_buffer("scale", torch.ones(n, 1))
         self.in_obs, self.in_action = ParallelLinear(2 * n, o, hidden, fan_in), ParallelLinear(2 * n, a, hidden, fan_in)
         self.hidden1, self.out = ParallelLinear(2 * n, hidden, hidden), ParallelLinear(2 * n, hidden, 1)
 
@@ -376,7 +382,14 @@ class Critic(nn.Module):
         seen = self.in_obs(twice(obs * self.obs_mask))[:, None]  # [N * Q, 1, B, H]
         done = self.in_action(twice(action * self.action_mask)).unflatten(1, (-1, b))  # [N * Q, M, B, H]
         h = F.relu(seen + done).flatten(1, 2)
-        return self.out(F.relu(self.hidden1(h))).view(n, 2, rows).transpose(0, 1)
+        return self.shift + self.scale * self.out(F.relu(self.hidden1(h))).view(n, 2, rows).transpose(0, 1)
+
+    def set_units(self, reward: Tensor, gamma: float) -> None:
+        """From the rewards in the data [N, T]: what a policy with their mean is worth, and their spread."""
+        std, mean = torch.std_mean(reward, 1, keepdim=True)
+        horizon = min(1 / (1 - gamma), 1000.0) if gamma < 1 else 1000.0
+        self.shift.copy_(horizon * mean)
+        self.scale.copy_((std * horizon**0.5).clamp(min=1e-3))
 
 
 # ============================================================================================================================
@@ -747,6 +760,8 @@ def train(args: Args, saved: dict | None) -> None:
     eval_envs = make_vec(source.env_id, args.eval_episodes, args.observation, prey=args.prey)
     try:
         agent, data = DOM2(env, args, device), Data(source, env, args, device)
+        for critic in (agent.critic, agent.slow_critic):
+            critic.set_units(data.table[..., -2].T, args.gamma)
         learner = Learner(agent, data, args)
         seconds = estimate_seconds(learner, eval_envs, find_task(source.env_id).horizon)
     except (MemoryError, RuntimeError) as error:
