@@ -4,6 +4,7 @@
     python dom2.py --dataset omar_simple_tag-expert        # another data set of this project; datasets/README.md lists them
     python dom2.py --dataset FOLDER                        # data on disk, OMAR's or converted
     python dom2.py --evaluate runs/<run>                   # mean and std of the return of a saved run
+    python dom2.py --evaluate runs/<run> --shift speed     # the same in an environment that differs from that of the data
     python dom2.py --resume runs/<run>                     # goes on after a crash; on the CPU as if it had not happened
     tensorboard --logdir runs                              # watch it
 
@@ -53,7 +54,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from common.datasets import SCORES, DataError, Dataset, data_folder, find_env_id, load_dataset, normalize, sha256, versions
-from common.envs import TeamEnv, UnknownTask, check_observation, find_prey, find_task, make_env, make_vec
+from common.envs import TeamEnv, UnknownTask, check_observation, check_shift, find_prey, find_task, make_env, make_vec
 
 # ============================================================================================================================
 # 1. Arguments
@@ -101,6 +102,8 @@ class Args:
     """go on with the run in this directory; its hyper-parameters stay, its length, device and threads may change"""
     evaluate: RunDir = ""
     """only evaluate the run in this directory"""
+    shift: str = ""
+    """with --evaluate: in an environment that differs from that of the data: speed (particle tasks), random or extreme (HalfCheetah)"""
     capture_video: bool = False
     """write a video of the final policy (at the end of training, or with --evaluate) to RUN_DIR/videos"""
 
@@ -1089,7 +1092,7 @@ def record_video(agent: DOM2, args: Args, env_id: str, folder: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # older videos in the folder are replaced
         env = gym.wrappers.RecordVideo(
-            make_env(env_id, args.observation, "rgb_array", args.prey), str(folder), episode_trigger=lambda _: True
+            make_env(env_id, args.observation, "rgb_array", args.prey, args.shift), str(folder), episode_trigger=lambda _: True
         )
     generator = torch.Generator(agent.device).manual_seed(args.seed)
     for episode in range(4 if find_task(env_id).horizon <= 100 else 1):
@@ -1165,6 +1168,8 @@ def validate(args: Args) -> None:
         if args.data_seed and is_folder(args.dataset):
             raise BadInput("--data-seed goes with the name of a data set, not with a folder")
         check_task(args, env_id)
+    if args.shift and not args.evaluate:
+        raise BadInput("--shift goes with --evaluate: training is on data only")
     if not args.run_dir:
         raise BadInput("--run-dir needs a value")
     if args.capture_video and not importlib.util.find_spec("moviepy"):
@@ -1235,7 +1240,7 @@ def parse(argv: list[str]) -> tuple[Args, dict | None]:
         if saved and not args.evaluate and args.total_updates < min(saved["step"], default.total_updates):
             raise BadInput(f"--total-updates {args.total_updates}: the run in {old} is at update {saved['step']} already")
         free = {"resume", "evaluate", "device", "torch_threads", "cuda_graph", "compile", "capture_video", "prey"}
-        free |= {"seed", "eval_episodes"} if args.evaluate else {"total_updates", "dataset"}
+        free |= {"seed", "eval_episodes", "shift"} if args.evaluate else {"total_updates", "dataset"}
         free |= {"solver_steps"} if args.evaluate and args.policy == "diffusion" else set()
         for name, value in dataclasses.asdict(default).items():
             if getattr(args, name) != value and name not in free:
@@ -1243,6 +1248,10 @@ def parse(argv: list[str]) -> tuple[Args, dict | None]:
     validate(args)
     if saved and args.evaluate:
         check_task(args, saved["env_id"])
+        try:
+            check_shift(saved["env_id"], args.shift)
+        except ValueError as error:
+            raise BadInput(f"--shift {error}") from error
     if saved and checksum(args.prey) != saved["prey"]:
         if args.resume:
             raise BadInput(
@@ -1256,7 +1265,7 @@ def evaluate_run(args: Args, saved: dict) -> None:
     """--evaluate: the return of a saved run. With the run's own seed and episodes it repeats the last row of its eval.csv."""
     device, env_id = pick_device(args.device), saved["env_id"]
     trained = dataclasses.replace(args, solver_steps=Args(**saved["args"]).solver_steps)
-    envs = make_vec(env_id, args.eval_episodes, args.observation, prey=args.prey)
+    envs = make_vec(env_id, args.eval_episodes, args.observation, prey=args.prey, shift=args.shift)
     with _must_fit(Path(args.evaluate) / "checkpoint.pt"):
         agent = DOM2(make_env(env_id, args.observation, prey=args.prey), trained, device)
         agent.load_state_dict(saved["agent"])
@@ -1264,7 +1273,7 @@ def evaluate_run(args: Args, saved: dict) -> None:
             agent.slow_policy.set_steps(args.solver_steps)
     returns = evaluate(agent, envs, evaluation_seed(args.seed))
     policy = args.policy + (f" policy, {args.solver_steps} solver steps" if args.policy == "diffusion" else " policy")
-    against = f", prey of {args.prey}" if args.prey else ""
+    against = (f", prey of {args.prey}" if args.prey else "") + (f", shifted: {args.shift}" if args.shift else "")
     print(f"{env_id}{against}, {policy}, update {saved['step']:,}: {summary(env_id, returns)}")
     if args.capture_video:
         record_video(agent, args, env_id, Path(args.evaluate) / "videos")

@@ -122,7 +122,7 @@ COMPETITIVE = ("mpe_simple_crypto", "mpe_simple_push", "mpe_simple_tag", "mpe_si
 
 def _omar(scenario: str, description: str) -> Task:
     return Task(
-        lambda render_mode=None: aec_to_parallel(omar.ParticleEnv(scenario, render_mode)),
+        lambda render_mode=None, shift="": aec_to_parallel(omar.ParticleEnv(scenario, render_mode, shift)),
         f"{description}; OMAR's rewards and physics",
         opponents=omar.make_prey(scenario),
     )
@@ -219,7 +219,7 @@ def find_task(env_id: str) -> Task:
 # --- environments ---
 
 
-def make_env(env_id: str, observation: str = "", render_mode: str | None = None, prey: str = "") -> "TeamEnv":
+def make_env(env_id: str, observation: str = "", render_mode: str | None = None, prey: str = "", shift: str = "") -> gym.Env:
     """Opens one task.
 
     Args:
@@ -230,14 +230,76 @@ def make_env(env_id: str, observation: str = "", render_mode: str | None = None,
         render_mode: None or "rgb_array".
         prey: a file with the prey's network, for OMAR's tag and world; "" for the project's own. Raises `ValueError` for a file
             that is not one, and for other tasks.
+        shift: one of `SHIFTS`, an environment that differs from the one policies were trained for; "" for none. Raises
+            `ValueError` for what the task does not have.
     """
     task = find_task(env_id)
     check_observation(env_id, observation)
+    check_shift(env_id, shift)
     if env_id.startswith("mamujoco_"):
         joints = int(observation[1:]) if observation.startswith("k") else None
-        return TeamEnv(task.make(render_mode=render_mode, joints=joints), own_state=True, observe_state=joints is None)
-    opponents = find_prey(env_id, prey) if prey else task.opponents
-    return TeamEnv(task.make(render_mode=render_mode), opponents, own_state=task.own_state)
+        env = TeamEnv(task.make(render_mode=render_mode, joints=joints), own_state=True, observe_state=joints is None)
+    else:
+        opponents = find_prey(env_id, prey) if prey else task.opponents
+        paces = {"shift": shift} if shift == "speed" else {}
+        env = TeamEnv(task.make(render_mode=render_mode, **paces), opponents, own_state=task.own_state)
+    return ShiftedRobot(env, shift) if shift in ROBOT_SHIFTS else env
+
+
+# The shifted environments of DOM2 (arXiv 2307.01472): what is drawn evenly, from which intervals, at each start of an episode.
+ROBOT_SHIFTS = {
+    "random": {"power": [(0.8, 1.2)], "density": [(750.0, 1250.0)], "friction": [(0.25, 0.55)]},
+    "extreme": {
+        "power": [(0.6, 0.8), (1.2, 1.4)], "density": [(500.0, 750.0), (1250.0, 1500.0)], "friction": [(0.1, 0.25), (0.55, 0.7)],
+    },
+}  # fmt: skip
+SHIFTS = {
+    "speed": "OMAR's particle tasks: every agent has a pace of its own in each episode, a factor on acceleration and greatest speed",
+    "random": "HalfCheetah: power of the motors, density of the torso and friction are drawn around the usual ones in each episode",
+    "extreme": "HalfCheetah: the same, drawn from farther away on both sides, never close to the usual ones",
+}
+
+
+def check_shift(env_id: str, shift: str) -> None:
+    """Raises `ValueError` unless the task can be shifted so."""
+    offered = [""]
+    if env_id.removeprefix("omar_") in omar.SCENARIOS and env_id.startswith("omar_"):
+        offered += ["speed"]
+    if env_id.startswith(("omar_halfcheetah", "mamujoco_halfcheetah")):
+        offered += [*ROBOT_SHIFTS]
+    if shift not in offered:
+        raise ValueError(
+            f"{shift!r}: {env_id} "
+            + (f"can be shifted by {' or '.join(map(repr, offered[1:]))} only" if offered[1:] else "cannot be shifted")
+        )
+
+
+class ShiftedRobot(gym.Wrapper):
+    """HalfCheetah whose body is redrawn at each reset, see `ROBOT_SHIFTS`: the factor on all motors' gears, the density of the torso
+    (usually 1000: mass and inertia follow; the other parts keep theirs, so that the whole weighs more or less), and the sliding
+    friction of all surfaces (usually 0.4)."""
+
+    def __init__(self, env: gym.Env, shift: str):
+        super().__init__(env)
+        self.ranges, self.model = ROBOT_SHIFTS[shift], env.env.single_agent_env.unwrapped.model
+        self.torso = self.model.body("torso").id
+        self.usual = [x.copy() for x in (self.model.actuator_gear, self.model.body_mass, self.model.body_inertia)]
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
+        if seed is not None:
+            self.generator = np.random.default_rng([seed, 1])  # its own, so that the starts are those of the usual environment
+        draws = {}
+        for name, intervals in self.ranges.items():
+            sizes = np.array([high - low for low, high in intervals])
+            low, high = intervals[self.generator.choice(len(intervals), p=sizes / sizes.sum())]
+            draws[name] = self.generator.uniform(low, high)
+        gear, mass, inertia = self.usual
+        heavier = draws["density"] / 1000.0
+        self.model.actuator_gear[:] = gear * draws["power"]
+        self.model.body_mass[self.torso] = mass[self.torso] * heavier
+        self.model.body_inertia[self.torso] = inertia[self.torso] * heavier
+        self.model.geom_friction[:, 0] = draws["friction"]
+        return self.env.reset(seed=seed, options=options)
 
 
 def check_observation(env_id: str, observation: str) -> None:
@@ -262,7 +324,7 @@ def cores() -> int:
 
 
 def make_vec(
-    env_id: str, num_envs: int, observation: str = "", processes: bool | None = None, prey: str = ""
+    env_id: str, num_envs: int, observation: str = "", processes: bool | None = None, prey: str = "", shift: str = ""
 ) -> gym.vector.VectorEnv:
     """`num_envs` copies in one of gymnasium's vector environments, each with episode statistics in `info["episode"]`.
 
@@ -277,8 +339,9 @@ def make_vec(
     if env_id.startswith("omar_") and scenario in omar.SCENARIOS:
         if prey:
             find_prey(env_id, prey)  # complains
-        return gym.wrappers.vector.RecordEpisodeStatistics(omar.ParticleVec(scenario, num_envs, prey))
-    env_fns = [lambda: gym.wrappers.RecordEpisodeStatistics(make_env(env_id, observation, prey=prey))] * num_envs
+        check_shift(env_id, shift)
+        return gym.wrappers.vector.RecordEpisodeStatistics(omar.ParticleVec(scenario, num_envs, prey, shift))
+    env_fns = [lambda: gym.wrappers.RecordEpisodeStatistics(make_env(env_id, observation, prey=prey, shift=shift))] * num_envs
     disabled = gym.vector.AutoresetMode.DISABLED
     if processes is None:
         processes = env_id.startswith(("mamujoco_", "omar_halfcheetah")) and 1 < num_envs <= 64 and cores() >= 4

@@ -34,7 +34,8 @@ class LegacyWorld(World):
     """mpe2's world with the older order of integration, for one copy or many."""
 
     def action_force(self, agent):
-        return agent.mass * (agent.accel or 1.0) * agent.action.u  # `u` has been multiplied once already: `set_action`, or mpe2
+        # `u` has been multiplied once already: `set_action`, or mpe2
+        return agent.mass * (agent.accel or 1.0) * agent.action.u * getattr(agent, "pace", 1.0)
 
     def set_action(self, agent, action):
         agent.action.u = action * np.float64(agent.accel or 5.0)
@@ -57,8 +58,8 @@ class LegacyWorld(World):
         velocity = agent.state.p_vel * (1 - self.damping) + force / agent.mass * self.dt
         if agent.max_speed is None:
             return velocity
-        speed = np.sqrt((velocity**2).sum(0))
-        return np.where(speed > agent.max_speed, velocity / np.maximum(speed, agent.max_speed) * agent.max_speed, velocity)
+        speed, top = np.sqrt((velocity**2).sum(0)), agent.max_speed * getattr(agent, "pace", 1.0)
+        return np.where(speed > top, velocity / np.maximum(speed, top) * top, velocity)
 
     def integrate_state(self, p_force):
         for agent, force in zip(self.agents, p_force):  # landmarks stay where they are
@@ -85,7 +86,23 @@ def touching(a: Entity, b: Entity) -> np.ndarray:
     return distance(a, b) < a.size + b.size
 
 
-class Spread(simple_spread.Scenario):
+class Paced:
+    """Everybody, the prey too, has a pace of its own in each episode: a factor on acceleration and greatest speed, drawn evenly
+    from [`slowest`, 1]. Only where a caller asks for it, by `slow_down`; otherwise nothing is drawn, and everybody's pace is 1."""
+
+    slowest = 1.0
+
+    def slow_down(self):
+        self.slowest = next(SLOWEST[name] for name, scenario in SCENARIOS.items() if isinstance(self, scenario))
+
+    def reset_world(self, world, np_random):
+        super().reset_world(world, np_random)
+        if self.slowest < 1:
+            for agent in world.agents:
+                agent.pace = np_random.uniform(self.slowest, 1.0)
+
+
+class Spread(Paced, simple_spread.Scenario):
     """Three agents cover three landmarks. Observation [18]: velocity, position, landmarks, others, four zeros."""
 
     def make_world(self):
@@ -114,7 +131,7 @@ class Pursuit:
         return self.contact * touches - 0.1 * far
 
 
-class Tag(Pursuit, simple_tag.Scenario):
+class Tag(Paced, Pursuit, simple_tag.Scenario):
     """Among two obstacles. Observation [16]: velocity, position, obstacles, others, velocity of the prey; the prey's [14]."""
 
     contact, edge = 10.0, 1.0
@@ -123,7 +140,7 @@ class Tag(Pursuit, simple_tag.Scenario):
         return legacy(super().make_world(num_good=1, num_adversaries=3, num_obstacles=2))
 
 
-class Wood(Pursuit, simple_world_comm.Scenario):
+class Wood(Paced, Pursuit, simple_world_comm.Scenario):
     """simple_world: an obstacle, two foods, two forests. Observation [24]: velocity, position, landmarks, others, velocity of the
     prey, then 1 or -1 for inside or outside each forest; the prey's [22]."""
 
@@ -151,14 +168,17 @@ class Wood(Pursuit, simple_world_comm.Scenario):
 
 
 SCENARIOS = {"simple_spread": Spread, "simple_tag": Tag, "simple_world": Wood}
+SLOWEST = {"simple_spread": 0.3, "simple_tag": 0.4, "simple_world": 0.5}  # of the paces drawn in the shifted environment
 PREY_SIZES = {"simple_tag": 14, "simple_world": 22}  # of its observation
 
 
 class ParticleEnv(SimpleEnv):
     """One copy of a scenario as mpe2's own environment, which also draws it."""
 
-    def __init__(self, scenario: str, render_mode: str | None = None):
+    def __init__(self, scenario: str, render_mode: str | None = None, shift: str = ""):
         rules = SCENARIOS[scenario]()
+        if shift:
+            rules.slow_down()
         super().__init__(rules, rules.make_world(), HORIZON, render_mode, continuous_actions=True)
 
 
@@ -170,6 +190,7 @@ class ParticleVec(gym.vector.VectorEnv):
         scenario: a name in `SCENARIOS`.
         num_envs: E.
         prey: a file with the prey's network; "" for the project's own.
+        shift: "speed" for agents of different paces (`Paced`).
 
     `info` also has what the prey saw, did and got in this step: "prey_obs" (before it), "prey_action", "prey_next_obs" and
     "prey_reward", if there is a prey.
@@ -177,13 +198,15 @@ class ParticleVec(gym.vector.VectorEnv):
 
     metadata = {"autoreset_mode": gym.vector.AutoresetMode.DISABLED}
 
-    def __init__(self, scenario: str, num_envs: int, prey: str = ""):
+    def __init__(self, scenario: str, num_envs: int, prey: str = "", shift: str = ""):
         self.rules, self.num_envs, self.policy = SCENARIOS[scenario](), num_envs, make_prey(scenario, prey).get("agent_0")
         self.world, self.start = self.rules.make_world(), self.rules.make_world()  # of all copies, and one to draw starts in
         for entity in self.world.entities:
             entity.state.p_pos, entity.state.p_vel = np.zeros((2, num_envs)), np.zeros((2, num_envs))
+        if shift:
+            self.rules.slow_down()
         for agent in self.world.agents:
-            agent.state.c = np.zeros((self.world.dim_c, num_envs))
+            agent.state.c, agent.pace = np.zeros((self.world.dim_c, num_envs)), np.ones(num_envs)
         self.team, self.prey = self.world.agents[:3], self.world.agents[3:]
         self.steps = np.zeros(num_envs, int)
         self.generators = [gym.utils.seeding.np_random()[0] for _ in range(num_envs)]
@@ -204,6 +227,8 @@ class ParticleVec(gym.vector.VectorEnv):
             self.rules.reset_world(self.start, self.generators[i])
             for entity, drawn in zip(self.world.entities, self.start.entities):
                 entity.state.p_pos[:, i], entity.state.p_vel[:, i] = drawn.state.p_pos, drawn.state.p_vel
+            for agent, drawn in zip(self.world.agents, self.start.agents):
+                agent.pace[i] = getattr(drawn, "pace", 1.0)
         self.steps[mask] = 0
         obs = self._observe(self.team)
         return obs, {"state": obs.reshape(self.num_envs, -1).copy(), "agent_rewards": np.zeros(obs.shape[:2], np.float32)}

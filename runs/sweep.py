@@ -1,0 +1,127 @@
+"""The search behind the presets of dom2.py: short runs around a first guess, one value changed at a time.
+
+    python runs/sweep.py                                        # every data set of the particle tasks; about two hours on two cores
+    python runs/sweep.py --datasets omar_simple_tag-expert      # one of them
+    python runs/sweep.py --best                                 # only the table of what is best, from the rows there are
+
+Each row of runs/results/dom2_sweep.csv is one run: what was set, and the return of its last policy on 400 episodes. Rows that are there
+are not run again. The runs' seed is 101, so that neither their batches nor the start states of their evaluations are those of the
+results shown in README.md (seeds 1 to 3). Diffusion policies and the deterministic baseline get the same trials, but for eta, which
+the baseline's own gradient does not know.
+"""
+
+import concurrent.futures
+import csv
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+from common.datasets import SPLITS  # noqa: E402
+
+RESULT = ROOT / "runs" / "results" / "dom2_sweep.csv"
+FLAGS = ("policy", "network", "gamma", "q_weight", "cql_weight", "thresholds", "top_quantile", "total_updates", "seed")
+COLUMNS = ("dataset", *FLAGS, "return_mean", "return_std", "episodes", "seconds")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Which part of the search to run."""
+
+    datasets: tuple[str, ...] = tuple(f"omar_simple_{task}-{split}" for task in ("spread", "tag", "world") for split in SPLITS)
+    """data sets to search"""
+    jobs: int = 2
+    """runs side by side"""
+    updates: int = 2000
+    """updates of a run"""
+    best: bool = False
+    """run nothing, show the best rows"""
+
+
+# First guesses: eta and zeta by split, gamma by task.
+GUESS = {
+    "random": (5.0, 0.5), "random-medium": (2.0, 1.0), "medium-replay": (2.0, 1.0), "medium": (1.0, 1.0), "medium-expert": (0.5, 2.0),
+    "expert": (0.2, 5.0),
+}  # fmt: skip
+FACTOR = 4  # by which eta and zeta are changed
+
+
+def trials(dataset: str, updates: int) -> list[dict]:
+    """What to try on a data set."""
+    task, _, split = dataset.partition("-")
+    q_weight, cql_weight = GUESS[split]
+    base = dict(network="mlp", gamma=0.9, q_weight=q_weight, cql_weight=cql_weight, thresholds=3, top_quantile=0.98)
+    changes = [{}, *({name: base[name] * f} for name in ("cql_weight", "q_weight") for f in (1 / FACTOR, FACTOR))]
+    changes += [dict(gamma=0.8), dict(gamma=0.95)] if split in ("random", "medium", "expert") else []
+    changes += [dict(thresholds=0), dict(thresholds=8)] if split in ("random", "medium-replay") else []
+    result = [base | change | dict(policy=policy) for policy in ("diffusion", "deterministic") for change in changes]
+    result = [trial | dict(total_updates=updates, seed=101) for trial in result]
+    for trial in result:
+        if trial["policy"] == "deterministic":  # which has neither
+            trial |= dict(network="", q_weight=1.0)
+    return [dict(t) for t in dict.fromkeys(tuple({name: trial[name] for name in FLAGS}.items()) for trial in result)]
+
+
+def key(dataset: str, trial: dict) -> tuple[str, ...]:
+    return dataset, *(str(trial[name]) for name in FLAGS)
+
+
+def rows() -> list[dict]:
+    return list(csv.DictReader(RESULT.open())) if RESULT.exists() else []
+
+
+def run(dataset: str, trial: dict) -> dict:
+    """One run of dom2.py, as a user would start it."""
+    flags = [x for name, value in trial.items() if value != "" for x in ("--" + name.replace("_", "-"), str(value))]
+    if not trial["thresholds"]:
+        flags += ["--no-reweight"]
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(ROOT / "dom2.py"), "--dataset", dataset, *flags, "--device", "cpu", "--run-dir", folder]
+        command += ["--eval-every", str(trial["total_updates"]), "--eval-episodes", "400"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
+        last = list(csv.DictReader(next(Path(folder).glob("*/eval.csv")).open()))[-1]
+    found = dict(return_mean=round(float(last["return_mean"]), 2), return_std=round(float(last["return_std"]), 2))
+    return dict(dataset=dataset) | trial | found | dict(episodes=last["episodes"], seconds=last["wall_time_s"])
+
+
+def show_best() -> None:
+    """The best row of each data set and kind of policy, beside the first guess."""
+    table: dict[tuple[str, str], list[dict]] = {}
+    for row in rows():
+        table.setdefault((row["dataset"], row["policy"]), []).append(row)
+    print("data set                       | policy        | guess | best ± standard error | with")
+    for (dataset, policy), found in table.items():
+        best = max(found, key=lambda row: float(row["return_mean"]))
+        error = float(best["return_std"]) / float(best["episodes"]) ** 0.5
+        settings = ", ".join(f"{name} {best[name]}" for name in ("gamma", "q_weight", "cql_weight", "thresholds", "total_updates"))
+        print(f"{dataset:30s} | {policy:13s} | {float(found[0]['return_mean']):5.0f} | {float(best['return_mean']):6.1f} ± {error:.1f} | {settings}")
+
+
+def main() -> None:
+    options = tyro.cli(Options)
+    known = {tuple(row[name] for name in ("dataset", *FLAGS)) for row in rows()}
+    todo = [(d, t) for d in options.datasets for t in trials(d, options.updates) if key(d, t) not in known]
+    if not options.best:
+        os.environ["OMP_NUM_THREADS"] = "1"
+        with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
+            for row in pool.map(lambda item: run(*item), todo):
+                fresh = not RESULT.exists()
+                with RESULT.open("a", newline="") as file:
+                    writer = csv.DictWriter(file, COLUMNS)
+                    if fresh:
+                        writer.writeheader()
+                    writer.writerow(row)
+                print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
+    show_best()
+
+
+if __name__ == "__main__":
+    main()
