@@ -102,7 +102,9 @@ def show_best() -> None:
         best = max(found, key=lambda row: float(row["return_mean"]))
         error = float(best["return_std"]) / float(best["episodes"]) ** 0.5
         settings = ", ".join(f"{name} {best[name]}" for name in ("gamma", "q_weight", "cql_weight", "thresholds", "total_updates"))
-        print(f"{dataset:30s} | {policy:13s} | {float(found[0]['return_mean']):5.0f} | {float(best['return_mean']):6.1f} ± {error:.1f} | {settings}")
+        print(
+            f"{dataset:30s} | {policy:13s} | {float(found[0]['return_mean']):5.0f} | {float(best['return_mean']):6.1f} ± {error:.1f} | {settings}"
+        )
 
 
 def main() -> None:

@@ -96,6 +96,24 @@ def test_one_step_is_the_formula_of_the_paper():
     torch.testing.assert_close(policy(torch.zeros(1, 9, 1).double(), x), want, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("network", ["mlp", "unet"])
+def test_conditions_of_all_steps_at_once_are_those_of_each(network):
+    """And the noise predicted is sigma x + alpha times the network's: at t = 1, nearly x itself."""
+    env = make_env("omar_simple_spread")
+    torch.manual_seed(0)
+    policy = dom2.DOM2(env, args(network=network), torch.device("cpu")).policy
+    obs, x, times = torch.randn(3, 7, 18), torch.randn(3, 7, 2), torch.tensor([1.0, 0.4, 0.001])
+    together = policy.condition(obs, times[:, None])
+    for k, t in enumerate(times):
+        alone = policy.condition(obs, t.expand(1, 7))[0]
+        torch.testing.assert_close(together[k], alone)
+        torch.testing.assert_close(together[k][1, 2], policy.condition(obs[:, 2:3], t.expand(1, 1))[0, 1, 0])
+        alpha, sigma = policy.scales(t)
+        want = sigma * x + alpha * policy.network(x, alone[..., :-2])
+        torch.testing.assert_close(policy.predict(x, together[k]), want)
+    assert (policy.predict(x, together[0]) - x).abs().max() < 0.05
+
+
 def fit(learner, actions, updates, critic=None, obs=None):
     """Trains the policy of one agent on these actions [B]; `critic` stands in for the learned one."""
     generator = torch.Generator().manual_seed(0)
@@ -181,6 +199,29 @@ def test_the_cql_term_by_hand():
     assert logs["losses/cql"].item() == pytest.approx(sum(gap), rel=1e-6)
     assert loss.item() == pytest.approx(sum(np.mean([(k * 0.5) ** 2, (k * 0.9) ** 2]) for k in (2, 3)) + 2 * sum(gap), rel=1e-6)
     assert spread.item() == pytest.approx(np.std([-2, 0, 2], ddof=1))
+
+
+def test_several_actions_for_an_observation_are_valued_one_by_one():
+    torch.manual_seed(0)
+    critic = dom2.DOM2(make_env("omar_simple_spread"), args(), torch.device("cpu")).critic
+    obs, action = torch.randn(3, 5, 18), torch.randn(4, 3, 5, 2)
+    together = critic(obs, action.transpose(0, 1).reshape(3, 20, 2)).unflatten(2, (4, 5))
+    torch.testing.assert_close(together, torch.stack([critic(obs, a) for a in action], 2))
+    assert (together[0] - together[1]).abs().min() > 0  # twins, not copies
+    changed = obs.clone()
+    changed[1] += 1  # what agent 1 sees reaches agent 1 only
+    same = (critic(changed, action[0]) == critic(obs, action[0])).all(2)
+    assert same.tolist() == [[True, False, True]] * 2
+
+
+def test_critics_start_where_the_data_are():
+    """Worth the mean reward forever, each agent its own; and their outputs count in the spread of the rewards."""
+    critic = agent(gamma=0.9).critic
+    before = critic(torch.zeros(1, 5, 1), torch.ones(1, 5, 1))
+    critic.set_units(torch.tensor([[3.0, 5.0, 7.0]]), 0.9)
+    torch.testing.assert_close(critic(torch.zeros(1, 5, 1), torch.ones(1, 5, 1)), 50 + before * 2 * 10**0.5)
+    critic.set_units(torch.tensor([[3.0, 3.0]]), 1.0)  # no division by zero
+    assert critic.shift.item() == 3000 and critic.scale.item() == pytest.approx(1e-3)
 
 
 def test_cql_is_pessimistic_outside_the_data_and_keeps_the_ranking_inside():
@@ -378,6 +419,21 @@ def test_the_same_seed_is_the_same_run_and_a_resumed_one_too(cli, tmp_path, monk
     assert all(torch.equal(same[0][name], same[1][name]) for name in same[0])
 
 
+def test_learning_rates_fall_along_half_a_cosine(folder):
+    env, setting = make_env("omar_simple_spread"), args(batch_size=32, policy_lr=0.1, q_lr=0.2)
+    for decay, halfway in ((True, 0.5), (False, 1.0)):
+        setting = dataclasses.replace(setting, lr_decay=decay)
+        learner = dom2.DOM2(env, setting, torch.device("cpu"))
+        learner = dom2.Learner(learner, dom2.Data(load_dataset(folder), env, setting, torch.device("cpu")), setting)
+        for done, share in ((0.0, 1.0), (0.5, halfway), (1.0, 0.0 if decay else 1.0)):
+            before = [p.clone() for p in learner.agent.critic.parameters()]
+            learner.step(torch.Generator().manual_seed(0), done)
+            rates = [learner.agent.optimizers[name].param_groups[0]["lr"].item() for name in ("policy", "critic")]
+            assert rates == pytest.approx([0.1 * share, 0.2 * share], abs=1e-7)
+            moved = max((p - q).abs().max().item() for p, q in zip(learner.agent.critic.parameters(), before))
+            assert moved == pytest.approx(0.2 * share, rel=0.5, abs=1e-8) or done == 0.5  # the optimiser does use them
+
+
 def test_data_that_are_missing_are_made(tmp_path, cli, monkeypatch):
     calls = []
     monkeypatch.setattr(dom2.subprocess, "run", lambda command, **_: calls.append(command) or type("Done", (), dict(returncode=1)))
@@ -407,6 +463,7 @@ def test_data_that_are_missing_are_made(tmp_path, cli, monkeypatch):
         (["--prey", "prey.pt"], "has no prey"),
         (["--resume", "nowhere"], "no run there"),
         (["--policy", "deterministic", "--q-weight", "0"], "nothing to learn from"),
+        (["--shift", "speed"], "--shift goes with --evaluate"),
     ],
 )
 def test_bad_input_is_one_line(argv, reason, cli, tmp_path, folder):
@@ -441,6 +498,12 @@ def test_an_evaluation_needs_no_data_and_a_resumed_run_says_what_it_misses(cli, 
     assert code == 0, err
     code, _, err = cli("--evaluate", run, "--prey", "nothing.pt", run_dir=False)
     assert code == 2 and "has no prey" in err
+    (code, usual, _), (_, shifted, _) = (cli("--evaluate", run, *flags, run_dir=False) for flags in ((), ("--shift", "speed")))
+    assert (
+        code == 0 and "omar_simple_spread, shifted: speed, diffusion policy" in shifted and usual.split("return")[1] not in shifted
+    )
+    code, _, err = cli("--evaluate", run, "--shift", "extreme", run_dir=False)
+    assert code == 2 and "can be shifted by 'speed' only" in err and len(err.splitlines()) == 1
 
 
 def test_a_run_knows_its_prey(cli, tmp_path):

@@ -209,11 +209,15 @@ def test_layout_of_observations():
     assert prey.shape == (22,) and prey[-2:].tolist() == [1, -1]
 
 
+@pytest.mark.parametrize("shift", ["", "speed"])
 @pytest.mark.parametrize("env_id", PARTICLES)
-def test_many_copies_are_that_many_environments(env_id):
+def test_many_copies_are_that_many_environments(env_id, shift):
     """Number for number, through several episodes and restarts of some copies only."""
-    single = lambda: gym.wrappers.RecordEpisodeStatistics(make_env(env_id))
-    vec, slow = make_vec(env_id, 4), gym.vector.SyncVectorEnv([single] * 4, autoreset_mode=gym.vector.AutoresetMode.DISABLED)
+    single = lambda: gym.wrappers.RecordEpisodeStatistics(make_env(env_id, shift=shift))
+    vec, slow = (
+        make_vec(env_id, 4, shift=shift),
+        gym.vector.SyncVectorEnv([single] * 4, autoreset_mode=gym.vector.AutoresetMode.DISABLED),
+    )
     assert vec.action_space == slow.action_space and vec.observation_space == slow.observation_space
     rng = np.random.default_rng(0)
     (obs, info), (want, known) = vec.reset(seed=7), slow.reset(seed=7)

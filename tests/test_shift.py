@@ -1,0 +1,92 @@
+"""The shifted environments: what is drawn, when, and what it does."""
+
+import re
+
+import numpy as np
+import pytest
+
+from common.envs import ROBOT_SHIFTS, make_env, make_vec
+from common.omar import SLOWEST, ParticleVec
+
+PARTICLES = [f"omar_{scenario}" for scenario in SLOWEST]
+
+
+@pytest.mark.parametrize("scenario", SLOWEST)
+def test_paces_are_drawn_for_every_agent_in_every_episode(scenario):
+    usual, vec = ParticleVec(scenario, 300), ParticleVec(scenario, 300, shift="speed")
+    np.testing.assert_array_equal(usual.reset(seed=5)[0], vec.reset(seed=5)[0])  # the starts are those of the usual environment
+    paces = np.array([agent.pace for agent in vec.world.agents])  # [agents, E]
+    low = SLOWEST[scenario]
+    assert paces.min() > low and paces.max() < 1 and abs(paces.mean() - (1 + low) / 2) < 0.03
+    assert abs(np.corrcoef(paces)[0, 1]) < 0.2  # each its own
+    assert paces.min() < low + 0.02 and paces.max() > 0.98
+    vec.reset(options={"reset_mask": np.arange(300) < 150})
+    again = np.array([agent.pace for agent in vec.world.agents])
+    assert (again[:, :150] != paces[:, :150]).all() and (again[:, 150:] == paces[:, 150:]).all()
+    assert all((agent.pace == 1).all() for agent in usual.world.agents)
+
+
+def test_a_pace_slows_a_push_and_the_greatest_speed():
+    for scenario, gain, top in (("simple_spread", 5, np.inf), ("simple_tag", 9, 1.0)):
+        vec = ParticleVec(scenario, 1, shift="speed")
+        vec.reset(seed=0)
+        for i, agent in enumerate(vec.world.agents):
+            agent.state.p_pos[:] = 3.0 * i + 1.0  # far from each other
+            agent.pace[:] = 0.5
+        vec.step(np.full((1, 3, 2), (1.0, 0.0), np.float32))
+        speed = np.sqrt((vec.world.agents[0].state.p_vel ** 2).sum())
+        assert speed == pytest.approx(0.5 * gain * 0.1, rel=1e-6), scenario
+        for _ in range(24):
+            vec.step(np.full((1, 3, 2), (1.0, 0.0), np.float32))
+        speed = np.sqrt((vec.world.agents[0].state.p_vel ** 2).sum())
+        assert speed == pytest.approx(min(0.5 * gain * 0.1 / 0.25, 0.5 * top), rel=0.01), scenario
+
+
+@pytest.mark.parametrize("shift", ROBOT_SHIFTS)
+def test_another_body_in_every_episode(shift):
+    usual, env = make_env("omar_halfcheetah_2x3"), make_env("omar_halfcheetah_2x3", shift=shift)
+    model, normal = env.unwrapped.env.single_agent_env.unwrapped.model, usual.unwrapped.env.single_agent_env.unwrapped.model
+    torso, found = model.body("torso").id, []
+    for seed in range(60):
+        obs, _ = env.reset(seed=seed) if seed < 30 else env.reset()
+        if seed < 30:
+            np.testing.assert_array_equal(obs, usual.reset(seed=seed)[0])
+        power, mass = model.actuator_gear[:, 0] / normal.actuator_gear[:, 0], model.body_mass / normal.body_mass.clip(1e-9)
+        inertia, friction = model.body_inertia[torso] / normal.body_inertia[torso], model.geom_friction[:, 0]
+        assert np.ptp(power) < 1e-9 and np.ptp(friction) == 0 and np.allclose(inertia, mass[torso])
+        assert np.allclose(np.delete(mass, [0, torso]), 1) and (model.geom_friction[:, 1:] == 0.1).all()
+        found.append((power[0], 1000 * mass[torso], friction[0]))
+    for values, intervals in zip(np.array(found).T, ROBOT_SHIFTS[shift].values()):
+        inside = [(low <= values) & (values <= high) for low, high in intervals]
+        assert np.any(inside, 0).all() and all(x.mean() > 0.8 / len(intervals) - 0.2 for x in inside)
+        assert len(np.unique(values)) == 60
+    env.reset(seed=3)
+    assert (model.actuator_gear[:, 0] / normal.actuator_gear[:, 0])[0] == pytest.approx(found[3][0])  # repeatable
+
+
+def test_a_shift_changes_what_happens_not_what_is_seen_first():
+    envs = [make_vec("omar_halfcheetah_2x3", 2, shift=shift) for shift in ("", "extreme")]
+    first, later = [], []
+    for vec in envs:
+        first.append(vec.reset(seed=1)[0])
+        for _ in range(5):
+            obs = vec.step(np.full((2, 2, 3), 0.5, np.float32))[0]
+        later.append(obs)
+        vec.close()
+    np.testing.assert_array_equal(*first)
+    assert np.abs(later[0] - later[1]).max() > 0.01
+
+
+@pytest.mark.parametrize(
+    "env_id, shift, reason",
+    [
+        ("omar_simple_spread", "random", "can be shifted by 'speed' only"),
+        ("omar_halfcheetah_2x3", "speed", "'random' or 'extreme' only"),
+        ("mpe_simple_spread", "speed", "cannot be shifted"),
+        ("mamujoco_ant_2x4", "extreme", "cannot be shifted"),
+    ],
+)
+def test_a_task_is_shifted_only_as_it_can_be(env_id, shift, reason):
+    for opened in (lambda: make_env(env_id, shift=shift), lambda: make_vec(env_id, 2, shift=shift)):
+        with pytest.raises(ValueError, match=re.escape(reason)):
+            opened()
