@@ -103,7 +103,8 @@ class Args:
     evaluate: RunDir = ""
     """only evaluate the run in this directory"""
     shift: str = ""
-    """with --evaluate: in an environment that differs from that of the data: speed (particle tasks), random or extreme (HalfCheetah)"""
+    """with --evaluate: in an environment that differs from that of the data: speed (particle tasks), random or extreme (HalfCheetah),
+    fewer (six landmarks)"""
     capture_video: bool = False
     """write a video of the final policy (at the end of training, or with --evaluate) to RUN_DIR/videos"""
 

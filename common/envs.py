@@ -132,6 +132,7 @@ TASKS |= {
     "omar_simple_spread": _omar("simple_spread", "three agents cover three landmarks"),
     "omar_simple_tag": _omar("simple_tag", "three predators keep touching a prey among obstacles"),
     "omar_simple_world": _omar("simple_world", "three predators keep touching a prey in a wood"),
+    "omar_simple_spread_6": _omar("simple_spread_6", "three agents cover any three of six landmarks"),
     "omar_halfcheetah_2x3": Task(
         partial(mamujoco_v1.parallel_env, "HalfCheetah", "2x3", agent_obsk=0, global_categories=()),
         "HalfCheetah-v5, 6 actuators shared by 2 agents, each of which sees its own joints only",
@@ -241,8 +242,8 @@ def make_env(env_id: str, observation: str = "", render_mode: str | None = None,
         env = TeamEnv(task.make(render_mode=render_mode, joints=joints), own_state=True, observe_state=joints is None)
     else:
         opponents = find_prey(env_id, prey) if prey else task.opponents
-        paces = {"shift": shift} if shift == "speed" else {}
-        env = TeamEnv(task.make(render_mode=render_mode, **paces), opponents, own_state=task.own_state)
+        inside = {} if shift in ("", *ROBOT_SHIFTS) else {"shift": shift}
+        env = TeamEnv(task.make(render_mode=render_mode, **inside), opponents, own_state=task.own_state)
     return ShiftedRobot(env, shift) if shift in ROBOT_SHIFTS else env
 
 
@@ -255,6 +256,7 @@ ROBOT_SHIFTS = {
 }  # fmt: skip
 SHIFTS = {
     "speed": "OMAR's particle tasks: every agent has a pace of its own in each episode, a factor on acceleration and greatest speed",
+    "fewer": "omar_simple_spread_6: three of the six landmarks are taken away in each episode",
     "random": "HalfCheetah: power of the motors, density of the torso and friction are drawn around the usual ones in each episode",
     "extreme": "HalfCheetah: the same, drawn from farther away on both sides, never close to the usual ones",
 }
@@ -262,9 +264,7 @@ SHIFTS = {
 
 def check_shift(env_id: str, shift: str) -> None:
     """Raises `ValueError` unless the task can be shifted so."""
-    offered = [""]
-    if env_id.removeprefix("omar_") in omar.SCENARIOS and env_id.startswith("omar_"):
-        offered += ["speed"]
+    offered = ["", *(shift for name, shift in omar.SHIFTS.items() if env_id == f"omar_{name}")]
     if env_id.startswith(("omar_halfcheetah", "mamujoco_halfcheetah")):
         offered += [*ROBOT_SHIFTS]
     if shift not in offered:

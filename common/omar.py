@@ -87,31 +87,59 @@ def touching(a: Entity, b: Entity) -> np.ndarray:
 
 
 class Paced:
-    """Everybody, the prey too, has a pace of its own in each episode: a factor on acceleration and greatest speed, drawn evenly
-    from [`slowest`, 1]. Only where a caller asks for it, by `slow_down`; otherwise nothing is drawn, and everybody's pace is 1."""
+    """What the shift "speed" does: everybody, the prey too, has a pace of its own in each episode, a factor on acceleration and greatest
+    speed, drawn evenly from [`SLOWEST`, 1] after all else, so that the starts stay those of the usual environment."""
 
-    slowest = 1.0
-
-    def slow_down(self):
-        self.slowest = next(SLOWEST[name] for name, scenario in SCENARIOS.items() if isinstance(self, scenario))
+    shifted = False
 
     def reset_world(self, world, np_random):
         super().reset_world(world, np_random)
-        if self.slowest < 1:
-            for agent in world.agents:
-                agent.pace = np_random.uniform(self.slowest, 1.0)
+        for agent in world.agents:
+            agent.pace = np_random.uniform(self.SLOWEST, 1.0) if self.shifted else 1.0
 
 
 class Spread(Paced, simple_spread.Scenario):
     """Three agents cover three landmarks. Observation [18]: velocity, position, landmarks, others, four zeros."""
 
+    SLOWEST = 0.3
+
     def make_world(self):
         return legacy(super().make_world(N=3))
 
     def reward(self, agent, world):
-        closest = [np.min([distance(other, landmark) for other in world.agents], axis=0) for landmark in world.landmarks]
-        near = sum(1 / np.maximum(d, 0.1) for d in closest)
+        near = sum(self.nearness(landmark, world) for landmark in world.landmarks)
         return near - 5.0 * sum(touching(agent, other) for other in world.agents if other is not agent)
+
+    def nearness(self, landmark, world):
+        return 1 / np.maximum(np.min([distance(agent, landmark) for agent in world.agents], axis=0), 0.1)
+
+
+class Choice(simple_spread.Scenario):
+    """spread with six landmarks, of which three agents can cover any three. Not one of OMAR's, but by their rules. Observation [24].
+
+    The shift "fewer" takes three of them away in each episode. Where an agent saw one of these it now sees one of those left, each
+    of which is then listed twice: what is observed keeps its size and its range.
+    """
+
+    shifted = False
+
+    def make_world(self):
+        world = legacy(super().make_world(N=6))
+        world.agents = world.agents[:3]
+        return world
+
+    def reset_world(self, world, np_random):
+        super().reset_world(world, np_random)
+        order = np_random.permutation(6) if self.shifted else np.arange(6)
+        for left, gone in zip(order[:3], order[3:]):
+            world.landmarks[left].counts, world.landmarks[gone].counts = 1.0, 1.0 - self.shifted
+            if self.shifted:
+                world.landmarks[gone].state.p_pos = world.landmarks[left].state.p_pos.copy()
+
+    reward = Spread.reward
+
+    def nearness(self, landmark, world):
+        return landmark.counts * Spread.nearness(self, landmark, world)
 
 
 class Pursuit:
@@ -134,6 +162,7 @@ class Pursuit:
 class Tag(Paced, Pursuit, simple_tag.Scenario):
     """Among two obstacles. Observation [16]: velocity, position, obstacles, others, velocity of the prey; the prey's [14]."""
 
+    SLOWEST = 0.4
     contact, edge = 10.0, 1.0
 
     def make_world(self):
@@ -144,6 +173,7 @@ class Wood(Paced, Pursuit, simple_world_comm.Scenario):
     """simple_world: an obstacle, two foods, two forests. Observation [24]: velocity, position, landmarks, others, velocity of the
     prey, then 1 or -1 for inside or outside each forest; the prey's [22]."""
 
+    SLOWEST = 0.5
     contact, edge = 5.0, 2.0
 
     def make_world(self):
@@ -167,8 +197,8 @@ class Wood(Paced, Pursuit, simple_world_comm.Scenario):
         return np.concatenate([agent.state.p_vel, agent.state.p_pos, *parts, *inside])
 
 
-SCENARIOS = {"simple_spread": Spread, "simple_tag": Tag, "simple_world": Wood}
-SLOWEST = {"simple_spread": 0.3, "simple_tag": 0.4, "simple_world": 0.5}  # of the paces drawn in the shifted environment
+SCENARIOS = {"simple_spread": Spread, "simple_tag": Tag, "simple_world": Wood, "simple_spread_6": Choice}
+SHIFTS = {"simple_spread": "speed", "simple_tag": "speed", "simple_world": "speed", "simple_spread_6": "fewer"}
 PREY_SIZES = {"simple_tag": 14, "simple_world": 22}  # of its observation
 
 
@@ -177,8 +207,7 @@ class ParticleEnv(SimpleEnv):
 
     def __init__(self, scenario: str, render_mode: str | None = None, shift: str = ""):
         rules = SCENARIOS[scenario]()
-        if shift:
-            rules.slow_down()
+        rules.shifted = bool(shift)
         super().__init__(rules, rules.make_world(), HORIZON, render_mode, continuous_actions=True)
 
 
@@ -190,7 +219,7 @@ class ParticleVec(gym.vector.VectorEnv):
         scenario: a name in `SCENARIOS`.
         num_envs: E.
         prey: a file with the prey's network; "" for the project's own.
-        shift: "speed" for agents of different paces (`Paced`).
+        shift: the scenario's entry in `SHIFTS`, or "" for the usual environment.
 
     `info` also has what the prey saw, did and got in this step: "prey_obs" (before it), "prey_action", "prey_next_obs" and
     "prey_reward", if there is a prey.
@@ -203,10 +232,9 @@ class ParticleVec(gym.vector.VectorEnv):
         self.world, self.start = self.rules.make_world(), self.rules.make_world()  # of all copies, and one to draw starts in
         for entity in self.world.entities:
             entity.state.p_pos, entity.state.p_vel = np.zeros((2, num_envs)), np.zeros((2, num_envs))
-        if shift:
-            self.rules.slow_down()
+        self.rules.shifted = bool(shift)
         for agent in self.world.agents:
-            agent.state.c, agent.pace = np.zeros((self.world.dim_c, num_envs)), np.ones(num_envs)
+            agent.state.c = np.zeros((self.world.dim_c, num_envs))
         self.team, self.prey = self.world.agents[:3], self.world.agents[3:]
         self.steps = np.zeros(num_envs, int)
         self.generators = [gym.utils.seeding.np_random()[0] for _ in range(num_envs)]
@@ -227,8 +255,9 @@ class ParticleVec(gym.vector.VectorEnv):
             self.rules.reset_world(self.start, self.generators[i])
             for entity, drawn in zip(self.world.entities, self.start.entities):
                 entity.state.p_pos[:, i], entity.state.p_vel[:, i] = drawn.state.p_pos, drawn.state.p_vel
-            for agent, drawn in zip(self.world.agents, self.start.agents):
-                agent.pace[i] = getattr(drawn, "pace", 1.0)
+                for name in ("pace", "counts"):  # what else a scenario draws
+                    if hasattr(drawn, name):
+                        vars(entity).setdefault(name, np.ones(self.num_envs))[i] = getattr(drawn, name)
         self.steps[mask] = 0
         obs = self._observe(self.team)
         return obs, {"state": obs.reshape(self.num_envs, -1).copy(), "agent_rewards": np.zeros(obs.shape[:2], np.float32)}

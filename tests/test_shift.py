@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from common.envs import ROBOT_SHIFTS, make_env, make_vec
-from common.omar import SLOWEST, ParticleVec
+from common.omar import ParticleVec
 
-PARTICLES = [f"omar_{scenario}" for scenario in SLOWEST]
+SLOWEST = {"simple_spread": 0.3, "simple_tag": 0.4, "simple_world": 0.5}
 
 
 @pytest.mark.parametrize("scenario", SLOWEST)
@@ -23,7 +23,7 @@ def test_paces_are_drawn_for_every_agent_in_every_episode(scenario):
     vec.reset(options={"reset_mask": np.arange(300) < 150})
     again = np.array([agent.pace for agent in vec.world.agents])
     assert (again[:, :150] != paces[:, :150]).all() and (again[:, 150:] == paces[:, 150:]).all()
-    assert all((agent.pace == 1).all() for agent in usual.world.agents)
+    assert all(np.all(agent.pace == 1) for agent in usual.world.agents)
 
 
 def test_a_pace_slows_a_push_and_the_greatest_speed():
@@ -40,6 +40,30 @@ def test_a_pace_slows_a_push_and_the_greatest_speed():
             vec.step(np.full((1, 3, 2), (1.0, 0.0), np.float32))
         speed = np.sqrt((vec.world.agents[0].state.p_vel ** 2).sum())
         assert speed == pytest.approx(min(0.5 * gain * 0.1 / 0.25, 0.5 * top), rel=0.01), scenario
+
+
+def test_fewer_landmarks():
+    usual, vec = ParticleVec("simple_spread_6", 200), ParticleVec("simple_spread_6", 200, shift="fewer")
+    before, after = usual.reset(seed=5)[0], vec.reset(seed=5)[0]  # [E, 3, 24]
+    assert before.shape == (200, 3, 24)
+    np.testing.assert_array_equal(
+        np.delete(before, np.s_[4:16], 2), np.delete(after, np.s_[4:16], 2)
+    )  # the agents start where they did
+    landmarks = after[:, 0, 4:16].reshape(200, 6, 2)
+    same = (landmarks[:, :, None] == landmarks[:, None]).all(-1)
+    assert (same.sum(2) == 2).all()  # each of three, twice
+    counts = np.array([landmark.counts for landmark in vec.world.landmarks])
+    assert (counts.sum(0) == 3).all() and 0.35 < counts.mean(1).min() and counts.mean(1).max() < 0.65  # any three
+    kept = (before[:, 0, 4:16] == after[:, 0, 4:16]).reshape(200, 6, 2).all(-1)
+    np.testing.assert_array_equal(kept, counts.T == 1)  # those left stay where they were
+    for env, number in ((usual, 6), (vec, 3)):
+        for landmark, agent in zip(env.world.landmarks, [*env.world.agents, *env.world.agents]):
+            landmark.state.p_pos[:] = 100.0
+        for i, agent in enumerate(env.world.agents):
+            agent.state.p_pos[:], agent.state.p_vel[:] = 3.0 * i, 0.0
+        reward = env.step(np.zeros((200, 3, 2), np.float32))[4]["agent_rewards"]
+        far = np.sqrt(2) * 94
+        np.testing.assert_allclose(reward, number / far, rtol=1e-5)  # landmarks that are gone do not count
 
 
 @pytest.mark.parametrize("shift", ROBOT_SHIFTS)
@@ -82,6 +106,8 @@ def test_a_shift_changes_what_happens_not_what_is_seen_first():
     [
         ("omar_simple_spread", "random", "can be shifted by 'speed' only"),
         ("omar_halfcheetah_2x3", "speed", "'random' or 'extreme' only"),
+        ("omar_simple_spread", "fewer", "can be shifted by 'speed' only"),
+        ("omar_simple_spread_6", "speed", "can be shifted by 'fewer' only"),
         ("mpe_simple_spread", "speed", "cannot be shifted"),
         ("mamujoco_ant_2x4", "extreme", "cannot be shifted"),
     ],
