@@ -1,0 +1,214 @@
+"""Where expressiveness should pay: three agents, six landmarks, data with several good assignments; then three landmarks are gone.
+
+    python runs/assignments.py                      # makes the data, trains what is missing, evaluates, draws: an hour on two cores
+    python runs/assignments.py --methods dom2       # a part of it
+
+The motivating example of the paper, as far as we know it. The data are episodes of a script on omar_simple_spread_6: at the start of each
+it draws one of the 10 assignments (of 120) of agents to landmarks with the shortest way in total, and walks there, a little noisily. So an
+agent that stands still at the start has several good ways to go, and their mean is none. Three policies learn from these data: DOM2,
+the same without the critic's gradient (behaviour cloning), and the deterministic baseline with the same critic. They are evaluated
+where they learned, and with the shift "fewer", where three random landmarks are gone and those left have to be covered exactly.
+
+Results go to runs/results/assignments/: eval.csv and config.json of every run, fresh.csv (returns over 1000 fresh episodes) and paths.png.
+"""
+
+import concurrent.futures
+import csv
+import itertools
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+import dom2
+from common.envs import make_env, make_vec
+
+TASK, DATA = "omar_simple_spread_6", ROOT / "datasets" / "data" / "simple_spread_6" / "assignments" / "seed_0_data"
+RESULT = ROOT / "runs" / "results" / "assignments"
+METHODS = {
+    "dom2": "--q-weight 0.2",
+    "cloning": "--q-weight 0",
+    "deterministic": "--policy deterministic",
+}
+COMMON = "--total-updates 6000 --eval-every 1000 --gamma 0.9 --cql-weight 5 --no-reweight"
+EPISODES, BEST, NOISE = 20_000, 10, 0.2
+ORDERS = np.array(list(itertools.permutations(range(6), 3)))  # [120, 3] landmark of each agent
+
+
+@dataclass(frozen=True)
+class Options:
+    """Which part to do; what is there already is kept."""
+
+    methods: tuple[str, ...] = tuple(METHODS)
+    """of dom2, cloning, deterministic"""
+    seeds: tuple[int, ...] = (1, 2, 3)
+    """seeds of training"""
+    jobs: int = 2
+    """runs side by side"""
+
+
+def walk(obs: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """obs [E, 3, O], places [E, 3, 2] relative to each agent -> forces: so fast that it will be there soon, no faster than it can brake."""
+    wanted = np.clip(4.0 * target, -1.8, 1.8)
+    return np.clip((wanted - 0.75 * obs[..., :2]) / 0.5, -1.0, 1.0)
+
+
+def choose(obs: np.ndarray, rng: np.random.Generator, best: int) -> np.ndarray:
+    """obs [E, 3, O] -> landmark of each agent [E, 3]: one of the `best` assignments with the shortest way in total."""
+    far = np.linalg.norm(obs[..., 4:16].reshape(*obs.shape[:2], 6, 2), axis=-1)  # [E, 3, 6]
+    total = far[:, np.arange(3), ORDERS].sum(-1)  # [E, 120]
+    rank = np.argsort(total, 1)[np.arange(len(obs)), rng.integers(best, size=len(obs))]
+    return ORDERS[rank]
+
+
+def script(obs: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    places = obs[..., 4:16].reshape(*obs.shape[:2], 6, 2)
+    return walk(obs, np.take_along_axis(places, chosen[..., None, None], 2)[:, :, 0])
+
+
+def make_data() -> None:
+    """One file per agent and quantity, in OMAR's layout."""
+    if DATA.is_dir():
+        return
+    rng, envs = np.random.default_rng(0), make_vec(TASK, EPISODES)
+    obs, _ = envs.reset(seed=1)
+    rows = {name: [] for name in ("obs", "acs", "rews", "next_obs", "dones")}
+    for step in range(25):
+        if not step:
+            chosen = choose(obs, rng, BEST)
+        action = np.clip(script(obs, chosen) + NOISE * rng.standard_normal((EPISODES, 3, 2)), -1, 1).astype(np.float32)
+        next_obs, _, terminated, _, info = envs.step(action)
+        for name, value in zip(rows, (obs, action, info["agent_rewards"], next_obs, np.repeat(terminated[:, None], 3, 1))):
+            rows[name].append(value)
+        obs = next_obs
+    scratch = DATA.with_name(DATA.name + ".tmp")
+    scratch.mkdir(parents=True, exist_ok=True)
+    for name, steps in rows.items():
+        whole = np.stack(steps, 1, dtype=np.float32)  # [episodes, 25, 3, ...]
+        for i in range(3):
+            np.save(scratch / f"{name}_{i}.npy", whole[:, :, i].reshape(EPISODES * 25, *whole.shape[3:]))
+    scratch.rename(DATA)
+    print(f"data      {DATA}: return {info['episode']['r'].mean():.1f} ± {info['episode']['r'].std():.1f}", flush=True)
+
+
+def train(method: str, seed: int) -> None:
+    folder = RESULT / method
+    if list(folder.glob(f"*__dom2__{seed}__*/curve.png")):
+        return
+    command = f"{sys.executable} {ROOT / 'dom2.py'} --dataset {DATA} --env-id {TASK} {COMMON} {METHODS[method]} --seed {seed} --run-dir {folder}"
+    done = subprocess.run(command.split(), capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    print(f"{method} seed {seed}: {done.stdout.splitlines()[-2]}", flush=True)
+    for config in folder.glob("*/config.json"):  # where the data lie on this machine is nobody's business
+        config.write_text(config.read_text().replace(str(ROOT) + "/", ""))
+
+
+def players(options: Options) -> dict[tuple[str, int], dom2.DOM2]:
+    """The trained policies by method and seed."""
+    result = {}
+    for method, seed in itertools.product(options.methods, options.seeds):
+        (run,) = (path.parent for path in (RESULT / method).glob(f"*__dom2__{seed}__*/checkpoint.pt"))
+        saved = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
+        agent = dom2.DOM2(make_env(TASK), dom2.Args(**saved["args"]), torch.device("cpu"))
+        agent.load_state_dict(saved["agent"])
+        result[method, seed] = agent
+    return result
+
+
+def fresh(agents: dict[tuple[str, int], dom2.DOM2]) -> list[dict]:
+    """Return of every policy over 1000 episodes that nothing was chosen by, beside those of the script."""
+    rows = []
+    for shift in ("", "fewer"):
+        envs, rng = make_vec(TASK, 1000, shift=shift), np.random.default_rng(7)
+        for (method, seed), agent in agents.items():
+            returns = dom2.evaluate(agent, envs, 10**6)
+            rows.append(
+                dict(method=method, seed=seed, shift=shift or "usual", return_mean=returns.mean(), return_std=returns.std())
+            )
+        for name, best in (("script, 10 best", BEST), ("script, the best", 1)):
+            obs, _ = envs.reset(seed=10**6)
+            if shift:  # landmarks are listed twice: only the first of each pair can be chosen
+                places = obs[:, 0, 4:16].reshape(-1, 6, 2)
+                twin = (places[:, :, None] == places[:, None]).all(-1) & np.tri(6, k=-1, dtype=bool)
+                obs[..., 4:16].reshape(len(obs), 3, 6, 2)[twin.any(2).nonzero()[0], :, twin.any(2).nonzero()[1]] += 100.0
+            chosen = choose(obs, rng, min(best, 6))
+            for _ in range(25):
+                obs, _, _, _, info = envs.step(script(obs, chosen))
+            returns = info["episode"]["r"]
+            rows.append(dict(method=name, seed="", shift=shift or "usual", return_mean=returns.mean(), return_std=returns.std()))
+    return rows
+
+
+def draw(agents: dict[tuple[str, int], dom2.DOM2]) -> None:
+    """Paths of 40 episodes from one start, for the first seed of each method; usual above, shifted below."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    first = {}
+    for (method, _), agent in agents.items():
+        first.setdefault(method, agent)
+    figure, axes = plt.subplots(2, 1 + len(first), figsize=(3.2 * (1 + len(first)), 6.6), layout="constrained", squeeze=False)
+    for row, shift in zip(axes, ("", "fewer")):
+        envs = make_vec(TASK, 40, shift=shift)
+        for axis, (name, agent) in zip(row, [("data", None), *first.items()]):
+            obs, _ = envs.reset(seed=[3] * 40)
+            generator, rng = torch.Generator().manual_seed(0), np.random.default_rng(0)
+            chosen, path = choose(obs, rng, BEST), [obs[..., 2:4]]
+            if agent is None and shift:
+                axis.set_axis_off()
+                continue
+            for _ in range(25):
+                obs = envs.step(script(obs, chosen) if agent is None else agent.act(obs, generator))[0]
+                path.append(obs[..., 2:4])
+            path = np.stack(path)  # [26, 40, 3, xy]
+            for i in range(3):
+                axis.plot(*path[:, :, i].transpose(2, 0, 1), color=f"C{i}", lw=0.7, alpha=0.5)
+                axis.plot(*path[0, 0, i], "o", color=f"C{i}", ms=9)
+            places = obs[0, 0, 4:16].reshape(6, 2) + obs[0, 0, 2:4]
+            axis.plot(*places.T, "k*", ms=13, zorder=3)
+            axis.set(
+                xlim=(-1.3, 1.3),
+                ylim=(-1.3, 1.3),
+                xticks=[],
+                yticks=[],
+                aspect="equal",
+                title=f"{name}{', fewer' if shift else ''}",
+            )
+    figure.savefig(RESULT / "paths.png", dpi=110)
+
+
+def main() -> None:
+    options = tyro.cli(Options)
+    torch.set_num_threads(1)
+    RESULT.mkdir(parents=True, exist_ok=True)
+    make_data()
+    with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
+        list(pool.map(lambda job: train(*job), [(m, s) for s in options.seeds for m in options.methods]))
+    agents = players(options)
+    rows = fresh(agents)
+    with (RESULT / "fresh.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    print("return over 1000 fresh episodes; mean ± std over the seeds")
+    for shift in ("usual", "fewer"):
+        for method in dict.fromkeys(row["method"] for row in rows):
+            means = [row["return_mean"] for row in rows if row["method"] == method and row["shift"] == shift]
+            print(
+                f"{shift:6s} {method:18s} {np.mean(means):7.1f} ± {np.std(means):.1f}   {json.dumps([round(x, 1) for x in means])}"
+            )
+    draw(agents)
+
+
+if __name__ == "__main__":
+    main()

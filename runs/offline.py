@@ -1,0 +1,165 @@
+"""The results of DOM2 on OMAR's data: DOM2, the same without the critic's gradient, and the deterministic baseline, side by side.
+
+    python runs/offline.py --datasets omar_simple_spread-medium                    # trains what is missing, evaluates, shows the table
+    python runs/offline.py --datasets omar_simple_spread-expert --fractions 0.05   # from 5 % of the episodes
+    python runs/offline.py                                                         # only the table of everything there is
+
+Every run has the preset of its data set and the same number of updates as its neighbours; `--updates` changes it. A run's last policy
+is then evaluated over 1000 episodes (50 of HalfCheetah) whose seed no run and no search used: fresh.csv in the run's folder, one row
+for the usual environment and one for each of its shifts. Everything is kept in runs/results/offline/<data set>/<method>[-<percent>]/.
+"""
+
+import concurrent.futures
+import csv
+import json
+import math
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+import dom2
+from common.datasets import SCORES, SPLITS, normalize
+from common.envs import SHIFTS, check_shift, make_env, make_vec
+
+RESULT = ROOT / "runs" / "results" / "offline"
+METHODS = {"dom2": "", "cloning": "--q-weight 0", "deterministic": "--policy deterministic"}
+FRESH = 10**6  # seed of the fresh episodes
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to train; without data sets nothing is trained."""
+
+    datasets: tuple[str, ...] = ()
+    """names of data sets"""
+    methods: tuple[str, ...] = tuple(METHODS)
+    """of dom2, cloning, deterministic"""
+    seeds: tuple[int, ...] = (1, 2, 3)
+    """seeds of training"""
+    fractions: tuple[float, ...] = (1.0,)
+    """shares of the episodes to learn from"""
+    updates: int = 0
+    """updates of every run; 0: the preset's"""
+    jobs: int = 2
+    """runs side by side, one core each"""
+
+
+def folder(dataset: str, method: str, fraction: float) -> Path:
+    return RESULT / dataset / (method if fraction == 1 else f"{method}-{100 * fraction:g}")
+
+
+def find_run(dataset: str, method: str, fraction: float, seed: int) -> Path | None:
+    """The folder of a finished run."""
+    return next((path.parent for path in folder(dataset, method, fraction).glob(f"*__dom2__{seed}__*/fresh.csv")), None)
+
+
+def train(dataset: str, method: str, fraction: float, seed: int, updates: int) -> None:
+    """One run of dom2.py, as a user would start it, and the evaluation of its last policy."""
+    if find_run(dataset, method, fraction, seed):
+        return
+    place = folder(dataset, method, fraction)
+    command = [sys.executable, str(ROOT / "dom2.py"), "--dataset", dataset, *METHODS[method].split(), "--seed", str(seed)]
+    command += ["--data-fraction", str(fraction), "--run-dir", str(place), *(["--total-updates", str(updates)] if updates else [])]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
+    run = next(place.glob(f"*__dom2__{seed}__*"))
+    (run / "curve.png").unlink(missing_ok=True)  # a table is drawn from eval.csv
+    config = json.loads((run / "config.json").read_text())
+    config["args"]["run_dir"] = "runs"
+    (run / "config.json").write_text(json.dumps(config, indent=2))
+    rows = fresh(run)
+    with (run / "fresh.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    print(
+        f"{dataset} {method} {fraction:g} seed {seed}: {rows[0]['return_mean']:.1f} ({done.stdout.splitlines()[-1].split(':')[0]})",
+        flush=True,
+    )
+
+
+def fresh(run: Path) -> list[dict]:
+    """Returns of a run's last policy over fresh episodes, in the usual environment and in its shifts."""
+    saved = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
+    env_id, args = saved["env_id"], dom2.Args(**saved["args"])
+    agent = dom2.DOM2(make_env(env_id), args, torch.device("cpu"))
+    agent.load_state_dict(saved["agent"])
+    count, rows = 50 if "cheetah" in env_id else 1000, []
+    for shift in ("", *SHIFTS):
+        try:
+            check_shift(env_id, shift)
+        except ValueError:
+            continue
+        returns = dom2.evaluate(agent, make_vec(env_id, count, shift=shift), FRESH)
+        rows.append(dict(shift=shift or "usual", return_mean=returns.mean(), return_std=returns.std(), episodes=count))
+    return rows
+
+
+def read(dataset: str, method: str, fraction: float, shift: str = "usual") -> dict[int, float]:
+    """Fresh returns by seed."""
+    found = {}
+    for path in sorted(folder(dataset, method, fraction).glob("*__dom2__*/fresh.csv")):
+        row = next((row for row in csv.DictReader(path.open()) if row["shift"] == shift), None)
+        if row:
+            found[int(path.parent.name.split("__")[2])] = float(row["return_mean"])
+    return found
+
+
+def cell(values: dict[int, float]) -> str:
+    if not values:
+        return ""
+    spread = f" ± {np.std(list(values.values())):.1f}" if len(values) > 1 else ""
+    return f"{np.mean(list(values.values())):.1f}{spread} ({len(values)})"
+
+
+def show() -> None:
+    """Fresh returns of everything there is: mean ± standard deviation over seeds (number of seeds)."""
+    print(
+        "| data set | share | data | "
+        + " | ".join(METHODS)
+        + " | normalised (dom2) | updates, minutes (dom2) |\n|---|---|---|"
+        + "---|" * (len(METHODS) + 2)
+    )
+    order = {f"{env_id}-{split}": (env_id, i) for env_id in SCORES for i, split in enumerate(SPLITS)}
+    for dataset in sorted((path.name for path in RESULT.glob("*")), key=lambda name: order.get(name, (name, 0))):
+        fractions = {float(path.name.partition("-")[2] or 100) / 100 for path in (RESULT / dataset).glob("*")}
+        for fraction in sorted(fractions, reverse=True):
+            found = {method: read(dataset, method, fraction) for method in METHODS}
+            card = ROOT / "datasets" / "cards" / f"{dataset}.json"
+            data = json.loads(card.read_text())["return"]["mean"] if card.exists() else math.nan
+            env_id, own = dataset.partition("-")[0], list(found["dom2"].values())
+            score = f"{normalize(np.mean(own), SCORES[env_id]):.0f}" if own and env_id in SCORES else ""
+            ends = [list(csv.DictReader(path.open()))[-1] for path in folder(dataset, "dom2", fraction).glob("*/eval.csv")]
+            took = f"{ends[0]['step']}, {np.mean([float(end['wall_time_s']) for end in ends]) / 60:.1f}" if ends else ""
+            print(
+                f"| {dataset.removeprefix('omar_')} | {fraction:.0%} | {data:.0f} | "
+                + " | ".join(map(cell, found.values()))
+                + f" | {score} | {took} |"
+            )
+
+
+def main() -> None:
+    options = tyro.cli(Options)
+    torch.set_num_threads(1)
+    jobs = [
+        (d, m, f, s, options.updates)
+        for s in options.seeds
+        for d in options.datasets
+        for f in options.fractions
+        for m in options.methods
+    ]
+    with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
+        list(pool.map(lambda job: train(*job), jobs))
+    show()
+
+
+if __name__ == "__main__":
+    main()
