@@ -169,14 +169,23 @@ LIMITS = {  # smallest and largest value allowed
     "q_weight": (0.0, 1e9), "critic_hidden": (1, BIG), "cql_weight": (0.0, 1e9), "cql_actions": (2, 10_000), "q_rows": (1e-9, 1.0),
     "cql_rows": (1e-9, 1.0), "thresholds": (0, 1000), "top_quantile": (0.0, 1.0),
 }  # fmt: skip
+# Presets: per task, and per split of its data, as runs/sweep.py found them; README.md has the table.
 ROBOT = dict(gamma=0.99, tau=0.005, policy_lr=3e-4, q_lr=3e-4, eval_episodes=10, policy_hidden=128, critic_hidden=128)
+TASKS = {"omar_simple_spread": dict(gamma=0.9), "omar_simple_tag": dict(gamma=0.9), "omar_simple_world": dict(gamma=0.9)}
+SPLITS: dict[str, dict[str, dict]] = {
+    "omar_simple_spread": {},
+    "omar_simple_tag": {},
+    "omar_simple_world": {},
+}
 
 
 def preset(dataset: str, env_id: str = "") -> Args:
-    """The defaults of a data set, by its task; those of the particle tasks if nothing says which it is."""
+    """The defaults of a data set, by its task and, if it is one of this project's by name, its split."""
     with contextlib.suppress(DataError):
         env_id = find_env_id(dataset, env_id)
-    return Args(dataset=dataset, **(ROBOT if env_id.startswith(("mamujoco_", "omar_halfcheetah")) else {}))
+    values = ROBOT if env_id.startswith(("mamujoco_", "omar_halfcheetah")) else TASKS.get(env_id, {})
+    split = dataset.partition("-")[2] if dataset.startswith(env_id) else ""
+    return Args(dataset=dataset, **values | SPLITS.get(env_id, {}).get(split, {}))
 
 
 # ============================================================================================================================

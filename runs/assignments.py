@@ -60,9 +60,10 @@ def walk(obs: np.ndarray, target: np.ndarray) -> np.ndarray:
     return np.clip((wanted - 0.75 * obs[..., :2]) / 0.5, -1.0, 1.0)
 
 
-def choose(obs: np.ndarray, rng: np.random.Generator, best: int) -> np.ndarray:
-    """obs [E, 3, O] -> landmark of each agent [E, 3]: one of the `best` assignments with the shortest way in total."""
+def choose(obs: np.ndarray, rng: np.random.Generator, best: int, gone: np.ndarray | bool = False) -> np.ndarray:
+    """obs [E, 3, O], landmarks that are gone [E, 6] -> landmark of each agent [E, 3]: one of the `best` assignments by the way in total."""
     far = np.linalg.norm(obs[..., 4:16].reshape(*obs.shape[:2], 6, 2), axis=-1)  # [E, 3, 6]
+    far += 100.0 * np.broadcast_to(gone, (len(obs), 6))[:, None]
     total = far[:, np.arange(3), ORDERS].sum(-1)  # [E, 120]
     rank = np.argsort(total, 1)[np.arange(len(obs)), rng.integers(best, size=len(obs))]
     return ORDERS[rank]
@@ -135,11 +136,8 @@ def fresh(agents: dict[tuple[str, int], dom2.DOM2]) -> list[dict]:
             )
         for name, best in (("script, 10 best", BEST), ("script, the best", 1)):
             obs, _ = envs.reset(seed=10**6)
-            if shift:  # landmarks are listed twice: only the first of each pair can be chosen
-                places = obs[:, 0, 4:16].reshape(-1, 6, 2)
-                twin = (places[:, :, None] == places[:, None]).all(-1) & np.tri(6, k=-1, dtype=bool)
-                obs[..., 4:16].reshape(len(obs), 3, 6, 2)[twin.any(2).nonzero()[0], :, twin.any(2).nonzero()[1]] += 100.0
-            chosen = choose(obs, rng, min(best, 6))
+            gone = np.stack([np.broadcast_to(landmark.counts == 0, 1000) for landmark in envs.unwrapped.world.landmarks], 1)
+            chosen = choose(obs, rng, min(best, 6 if shift else BEST), gone)  # of six where three landmarks are left
             for _ in range(25):
                 obs, _, _, _, info = envs.step(script(obs, chosen))
             returns = info["episode"]["r"]

@@ -1,0 +1,105 @@
+"""How much of the data is needed? Return against the share of the episodes, for DOM2 and the deterministic baseline.
+
+    python runs/data_efficiency.py --datasets omar_simple_spread-expert          # trains what is missing (runs/offline.py), then shows it
+    python runs/data_efficiency.py                                               # only shows what there is
+
+The share at which DOM2 passes what the baseline earns from all of the data is the paper's claim (at most 5 %); it is interpolated between
+the shares that were run. Picture: runs/results/data_efficiency.png.
+"""
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import offline
+import tyro
+
+FRACTIONS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+METHODS = ("dom2", "deterministic")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to train; without data sets nothing is trained."""
+
+    datasets: tuple[str, ...] = ()
+    """names of data sets"""
+    seeds: tuple[int, ...] = (1, 2, 3)
+    """seeds of training, which also draw the episodes"""
+    jobs: int = 2
+    """runs side by side"""
+
+
+def passing(shares: list[float], means: list[float], level: float) -> float | None:
+    """The smallest share from which on `means` stay at or above `level`, log-linear between the shares that were run."""
+    above = [mean >= level for mean in means]
+    if not above or not above[-1]:
+        return None
+    first = len(above) - 1
+    while first and above[first - 1]:
+        first -= 1
+    if not first:
+        return shares[0]
+    part = (level - means[first - 1]) / (means[first] - means[first - 1])
+    return float(np.exp(np.interp(part, [0, 1], np.log([shares[first - 1], shares[first]]))))
+
+
+def main() -> None:
+    options = tyro.cli(Options)
+    if options.datasets:
+        command = [
+            sys.executable,
+            str(Path(__file__).with_name("offline.py")),
+            "--datasets",
+            *options.datasets,
+            "--methods",
+            *METHODS,
+        ]
+        command += ["--fractions", *map(str, FRACTIONS), "--seeds", *map(str, options.seeds), "--jobs", str(options.jobs)]
+        if subprocess.run(command).returncode:
+            raise SystemExit(1)
+    curves = {}
+    for dataset in sorted(path.name for path in offline.RESULT.glob("*")):
+        for method in METHODS:
+            found = {f: offline.read(dataset, method, f) for f in FRACTIONS}
+            curves[dataset, method] = {f: (np.mean([*v.values()]), np.std([*v.values()]), len(v)) for f, v in found.items() if v}
+    shown = [dataset for dataset in dict.fromkeys(key[0] for key in curves) if len(curves[dataset, "dom2"]) > 1]
+    print("| data set | method | " + " | ".join(f"{f:.0%}" for f in FRACTIONS) + " |\n|---|---|" + "---|" * len(FRACTIONS))
+    for dataset in shown:
+        for method in METHODS:
+            cells = [curves[dataset, method].get(f) for f in FRACTIONS]
+            print(f"| {dataset} | {method} | " + " | ".join(f"{c[0]:.0f} ± {c[1]:.0f} ({c[2]})" if c else "" for c in cells) + " |")
+        whole = curves[dataset, "deterministic"].get(1.0)
+        if whole:
+            own = curves[dataset, "dom2"]
+            share = passing(list(own), [value[0] for value in own.values()], whole[0])
+            text = f"from {share:.1%} of the data on" if share else "not with any share"
+            print(f"| | | DOM2 is at or above the baseline's {whole[0]:.0f} from all data: {text} |")
+    if shown:
+        draw(curves, shown)
+
+
+def draw(curves: dict, shown: list[str]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(shown), figsize=(4.2 * len(shown), 3.2), layout="constrained", squeeze=False)
+    for axis, dataset in zip(axes[0], shown):
+        for k, method in enumerate(METHODS):
+            points = curves[dataset, method]
+            mean, std = (np.array([value[i] for value in points.values()]) for i in (0, 1))
+            axis.errorbar([100 * f for f in points], mean, std, color=f"C{k}", marker="o", capsize=3, label=method)
+            if 1.0 in points:
+                axis.axhline(points[1.0][0], color=f"C{k}", lw=0.7, ls=":")
+        axis.set(xscale="log", xlabel="% of the episodes", ylabel="return (seeds: mean ± std)", title=dataset.removeprefix("omar_"))
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.savefig(offline.RESULT.parent / "data_efficiency.png", dpi=110)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""Does it still work when the environment is not the one of the data? The paper's 30 settings: 6 splits x (3 particle tasks + 2 shifts of
+HalfCheetah).
+
+    python runs/generalization.py                                                # table and picture of everything there is
+    python runs/offline.py --datasets omar_simple_tag-medium ...                 # makes more of it
+
+Nothing is trained for it: policies learn from the usual data (runs/offline.py) and are evaluated, without learning, where every agent has
+a pace of its own (particle tasks) or where the body is another one in every episode (HalfCheetah: random, extreme). A win is a
+difference of two standard errors or more, counted over the seeds of training; less is a tie. Written: generalization.csv and
+generalization.png in runs/results/.
+"""
+
+import csv
+import math
+
+import numpy as np
+import offline
+
+SETTINGS = [
+    *((f"omar_simple_{task}-{split}", "speed") for task in ("spread", "tag", "world") for split in offline.SPLITS),
+    *((f"omar_halfcheetah_2x3-{split}", shift) for shift in ("random", "extreme") for split in offline.SPLITS),
+]
+
+
+def compare(ours: dict[int, float], theirs: dict[int, float]) -> str:
+    """win, tie or loss of the first; "" with fewer than two seeds of either."""
+    if min(len(ours), len(theirs)) < 2:
+        return ""
+    a, b = np.array(list(ours.values())), np.array(list(theirs.values()))
+    error = math.sqrt(a.var(ddof=1) / len(a) + b.var(ddof=1) / len(b))
+    return "tie" if abs(a.mean() - b.mean()) < 2 * error else "win" if a.mean() > b.mean() else "loss"
+
+
+def main() -> None:
+    rows = []
+    print(
+        "| setting | "
+        + " | ".join(offline.METHODS)
+        + " | against cloning | against deterministic |\n|---|"
+        + "---|" * (len(offline.METHODS) + 2)
+    )
+    for dataset, shift in SETTINGS:
+        found = {method: offline.read(dataset, method, 1.0, shift) for method in offline.METHODS}
+        if not any(found.values()):
+            continue
+        verdicts = [compare(found["dom2"], found[other]) for other in ("cloning", "deterministic")]
+        print(
+            f"| {dataset.removeprefix('omar_')}, {shift} | "
+            + " | ".join(map(offline.cell, found.values()))
+            + f" | {' | '.join(verdicts)} |"
+        )
+        rows += [
+            dict(dataset=dataset, shift=shift, method=method, seed=seed, return_mean=value)
+            for method, values in found.items()
+            for seed, value in values.items()
+        ]
+        for other, verdict in zip(("cloning", "deterministic"), verdicts):
+            rows.append(dict(dataset=dataset, shift=shift, method=f"dom2 against {other}", seed="", return_mean=verdict))
+    for other in ("cloning", "deterministic"):
+        verdicts = [row["return_mean"] for row in rows if row["method"] == f"dom2 against {other}" and row["return_mean"]]
+        counts = ", ".join(
+            f"{verdicts.count(word)} {name}" for word, name in (("win", "wins"), ("tie", "ties"), ("loss", "losses"))
+        )
+        print(f"against {other}: {counts} in {len(verdicts)} of {len(SETTINGS)} settings with two seeds or more")
+    if rows:
+        with (offline.RESULT.parent / "generalization.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+        draw(rows)
+
+
+def draw(rows: list[dict]) -> None:
+    """A panel for each task and shift: returns by split, usual environment (open) and shifted (full)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    tasks = list(dict.fromkeys((row["dataset"].partition("-")[0], row["shift"]) for row in rows))
+    figure, axes = plt.subplots(1, len(tasks), figsize=(4.2 * len(tasks), 3.4), layout="constrained", squeeze=False)
+    for axis, (task, shift) in zip(axes[0], tasks):
+        for k, method in enumerate(offline.METHODS):
+            for i, split in enumerate(offline.SPLITS):
+                for where, face in (("usual", "none"), (shift, f"C{k}")):
+                    values = list(offline.read(f"{task}-{split}", method, 1.0, where).values())
+                    label = f"{method}, {where}" if i == len(offline.SPLITS) - 1 else None
+                    axis.plot(
+                        [i + 0.22 * (k - 1)] * len(values),
+                        values,
+                        "o",
+                        color=f"C{k}",
+                        mfc=face,
+                        ms=5,
+                        label=label if values else None,
+                    )
+        axis.set_xticks(range(len(offline.SPLITS)), offline.SPLITS, rotation=30, ha="right")
+        axis.set(title=f"{task.removeprefix('omar_')}: {shift}", ylabel="return of a seed")
+        axis.grid(axis="y", alpha=0.3)
+        axis.legend(fontsize=6)
+    figure.savefig(offline.RESULT.parent / "generalization.png", dpi=110)
+
+
+if __name__ == "__main__":
+    main()
