@@ -276,7 +276,7 @@ class DiffusionPolicy(nn.Module):
         super().__init__()
         n, o = obs_mask.shape
         a, hidden, embed = action_mask.shape[1], args.policy_hidden, 32
-        joined = max(64, hidden // 4)
+        joined = max(64, hidden // 4)  # width at which observation and time meet
         self.register_buffer("obs_mask", obs_mask.float()[:, None], persistent=False)  # [N, 1, O]
         self.register_buffer("action_mask", action_mask.float()[:, None], persistent=False)  # [N, 1, A]
         self.register_buffer("frequency", torch.randn(embed // 2) * 16, persistent=True)
@@ -427,9 +427,8 @@ def critic_loss(critic: Critic, target: Critic, target_policy: nn.Module, batch:
     value = critic(batch["obs"], batch["action"])  # [Q, N, B]
     td = ((value - goal) ** 2).mean(-1).sum(0)  # [N]
     m, n, rows, a = uniform.shape
-    other = critic(batch["obs"][:, :rows], uniform.transpose(0, 1).reshape(n, m * rows, a)).unflatten(
-        2, (m, rows)
-    )  # [Q, N, M, rows]
+    actions = uniform.transpose(0, 1).reshape(n, m * rows, a)
+    other = critic(batch["obs"][:, :rows], actions).unflatten(2, (m, rows))  # [Q, N, M, rows]
     gap = (other.logsumexp(2) - value[:, :, :rows]).mean(-1).sum(0)  # [N]
     loss = (td + args.cql_weight * gap).sum()
     with torch.no_grad():
@@ -667,9 +666,8 @@ class DOM2(nn.Module):
         parameters = list(module.parameters())
         self.optimizers[name].zero_grad()
         loss.backward(inputs=parameters)
-        grads = [
-            p.grad.view(len(self.policy.action_mask), -1) for p in parameters
-        ]  # [N, ...]; an agent's two critics are neighbours
+        n = len(self.policy.action_mask)
+        grads = [p.grad.view(n, -1) for p in parameters]  # [N, ...]: an agent's two critics stand side by side
         scale = (self.args.grad_clip / (torch.cat(grads, 1).norm(dim=1, keepdim=True) + 1e-6)).clamp(max=1.0)  # [N, 1]
         for grad in grads:
             grad.mul_(scale)
@@ -797,7 +795,7 @@ def train(args: Args, saved: dict | None) -> None:
 # 6. Main: data, run directory, checkpoints, command line
 # ============================================================================================================================
 
-FORMAT = "dom2-1"  # of checkpoint.pt; raise it when a change makes older files unreadable
+FORMAT = "dom2-2"  # of checkpoint.pt; raise it when a change makes older files unreadable
 COLUMNS = ("step", "wall_time_s", "return_mean", "return_std", "episodes", "normalized_score")  # of eval.csv; a step is an update
 
 

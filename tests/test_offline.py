@@ -1,0 +1,70 @@
+"""The scripts that make and compare the offline results."""
+
+import itertools
+import sys
+
+import numpy as np
+import pytest
+
+from common.envs import make_vec
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "runs"))
+import assignments
+import data_efficiency
+import generalization
+import offline
+import sweep
+
+
+def test_a_search_changes_one_value_at_a_time_and_treats_both_kinds_alike():
+    for dataset in ("omar_simple_spread-medium", "omar_simple_tag-expert", "omar_simple_world-random"):
+        found = sweep.trials(dataset, "mlp")
+        assert len({sweep.key(dataset, trial) for trial in found}) == len(found)
+        ours, baseline = ([trial for trial in found if trial["policy"] == kind] for kind in ("diffusion", "deterministic"))
+        for group in (ours, baseline):
+            assert all(sum(trial[name] != group[0][name] for name in sweep.FLAGS) == 1 for trial in group[1:])
+        tried = lambda group: {(t["gamma"], t["cql_weight"], t["thresholds"], t["total_updates"]) for t in group}
+        assert tried(ours) == tried(baseline) and len({t["q_weight"] for t in ours}) == 3
+        assert all(trial["seed"] not in offline.Options().seeds for trial in found)
+
+
+def test_the_share_of_data_at_which_a_level_is_passed():
+    shares = [0.01, 0.1, 1.0]
+    assert data_efficiency.passing(shares, [0, 10, 20], 5) == pytest.approx(10**-1.5)  # half way on a logarithmic axis
+    assert data_efficiency.passing(shares, [7, 10, 20], 5) == 0.01
+    assert data_efficiency.passing(shares, [7, 1, 20], 20) == pytest.approx(1.0)  # a level that is lost again does not count
+    assert data_efficiency.passing(shares, [0, 10, 20], 21) is None
+    assert data_efficiency.passing([], [], 1) is None
+
+
+def test_a_win_is_two_standard_errors():
+    compare = generalization.compare
+    assert compare({1: 10.0, 2: 12.0}, {1: 5.0, 2: 7.0}) == "win" and compare({1: 5.0, 2: 7.0}, {1: 10.0, 2: 12.0}) == "loss"
+    assert compare({1: 10.0, 2: 12.0}, {1: 9.0, 2: 11.0}) == "tie"  # a difference of 1 with a standard error of 1.4
+    assert compare({1: 10.0}, {1: 5.0, 2: 7.0}) == "" == compare({}, {})
+    assert len(generalization.SETTINGS) == 30 == len(set(generalization.SETTINGS))
+
+
+def test_assignments():
+    """Against brute force; the script reaches what it walks to."""
+    envs, rng = make_vec(assignments.TASK, 60), np.random.default_rng(0)
+    obs, _ = envs.reset(seed=0)
+    best = assignments.choose(obs, rng, 1)
+    for e in range(60):
+        far = np.linalg.norm(obs[e, :, 4:16].reshape(3, 6, 2), axis=-1)
+        totals = {order: sum(far[i, k] for i, k in enumerate(order)) for order in itertools.permutations(range(6), 3)}
+        assert totals[tuple(best[e])] == pytest.approx(min(totals.values()))
+        assert len(set(best[e])) == 3
+        ten = sorted(totals.values())[9]
+        for _ in range(3):
+            assert totals[tuple(assignments.choose(obs, rng, 10)[e])] <= ten + 1e-6
+    many = np.array([assignments.choose(obs, rng, 10) for _ in range(40)])
+    assert np.mean([len({tuple(x) for x in many[:, e]}) for e in range(60)]) > 8  # several good ways from one start
+    gone = np.tile([True, False, True, False, True, False], (60, 1))
+    assert (assignments.choose(obs, rng, 6, gone) % 2 == 1).all()
+    for _ in range(25):
+        obs, _, _, _, info = envs.step(assignments.script(obs, best))
+    places = obs[..., 4:16].reshape(60, 3, 6, 2)
+    left = np.linalg.norm(np.take_along_axis(places, best[..., None, None], 2), axis=-1)
+    assert (left < 0.1).mean() > 0.95 and info["episode"]["r"].mean() > 700
