@@ -110,7 +110,7 @@ class Args:
 
     # --- learning ---
     batch_size: int = 256
-    """transitions per update, the same rows for every agent"""
+    """transitions per update and agent"""
     gamma: float = 0.95
     """discount factor"""
     tau: float = 0.01
@@ -169,7 +169,7 @@ LIMITS = {  # smallest and largest value allowed
     "q_weight": (0.0, 1e9), "critic_hidden": (1, BIG), "cql_weight": (0.0, 1e9), "cql_actions": (2, 10_000), "q_rows": (1e-9, 1.0),
     "cql_rows": (1e-9, 1.0), "thresholds": (0, 1000), "top_quantile": (0.0, 1.0),
 }  # fmt: skip
-# Presets: per task, and per split of its data, as runs/sweep.py found them; README.md has the table.
+# Presets: per task, and per split of its data. README.md says where they come from.
 ROBOT = dict(gamma=0.99, tau=0.005, policy_lr=3e-4, q_lr=3e-4, eval_episodes=10, policy_hidden=128, critic_hidden=128)
 TASKS = {"omar_simple_spread": dict(gamma=0.9), "omar_simple_tag": dict(gamma=0.9), "omar_simple_world": dict(gamma=0.9)}
 SPLITS: dict[str, dict[str, dict]] = {
@@ -455,7 +455,7 @@ def value_loss(policy: nn.Module, critic: Critic, batch: dict[str, Tensor], nois
     scale, of each agent and without gradient, is E|Q(o, a)| in the paper's form; by default how much Q varies over actions
     [deviation E4], because where returns are large and actions matter little, the paper's makes every eta too small.
     """
-    rows = batch["obs"].shape[1] if noise is None else noise.shape[1]
+    rows = max(1, round(args.q_rows * batch["obs"].shape[1]))
     obs = batch["obs"][:, :rows]
     action = policy(obs, noise)
     value = critic(obs, action).amin(0)  # [N, rows]
@@ -486,7 +486,8 @@ def trajectory_weights(returns: np.ndarray, count: int, top: float) -> np.ndarra
 class Data:
     """A data set on the device: one row per transition and agent, of which a batch holds views by name.
 
-    `rows` lists every row of a trajectory as often as its weight says: to draw from it uniformly is to sample by weight.
+    Each agent draws its own rows, by its own returns: row t of agent j is as likely as the weight of its trajectory, the step from
+    `upto`[j, t - 1] to `upto`[j, t].
     """
 
     def __init__(self, data: Dataset, env: TeamEnv, args: Args, device: torch.device):
@@ -504,18 +505,22 @@ class Data:
                 ended,
             ]
             self.table[part] = torch.from_numpy(np.concatenate(columns, -1, dtype=np.float32)).to(device)
-        weights = trajectory_weights(data.returns, args.thresholds if args.reweight else 0, args.top_quantile)
-        rows = np.repeat(np.arange(len(data.obs)), np.repeat(weights, np.diff(data.episodes, axis=1)[:, 0]))
-        self.rows = torch.from_numpy(rows[data.next_known[rows]]).to(device)
+        returns = np.add.reduceat(np.asarray(data.rewards, np.float64), data.episodes[:, 0])  # [trajectories, N]
+        count = args.thresholds if args.reweight else 0
+        weights = np.stack([trajectory_weights(own, count, args.top_quantile) for own in returns.T])  # [N, trajectories]
+        weights = np.repeat(weights, np.diff(data.episodes, axis=1)[:, 0], axis=1) * data.next_known  # [N, T]
+        self.upto = torch.from_numpy(weights.cumsum(1)).to(device)
         self.checksum = hashlib.sha256(data.episodes.tobytes() + data.returns.tobytes()).hexdigest()  # tells other data apart
 
     def draw(self, batch: int, generator: torch.Generator) -> Tensor:
-        """Rows [B]."""
-        return self.rows[torch.randint(len(self.rows), (batch,), generator=generator, device=self.rows.device)]
+        """Rows [N, B]."""
+        share = torch.rand(len(self.upto), batch, generator=generator, device=self.upto.device, dtype=torch.float64)
+        return torch.searchsorted(self.upto, (share * self.upto[:, -1:]).long(), right=True)
 
     def sample(self, index: Tensor) -> dict[str, Tensor]:
         """Batch by name: obs [N, B, O], next_obs, action [N, B, A], reward [N, B], terminated [N, B]."""
-        parts = self.table[index].transpose(0, 1).split(list(self.widths.values()), -1)
+        agent = torch.arange(len(index), device=index.device)[:, None]
+        parts = self.table[index, agent].split(list(self.widths.values()), -1)
         return {name: part.squeeze(-1) if name in ("reward", "terminated") else part for name, part in zip(self.widths, parts)}
 
 

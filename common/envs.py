@@ -281,8 +281,9 @@ class ShiftedRobot(gym.Wrapper):
 
     def __init__(self, env: gym.Env, shift: str):
         super().__init__(env)
-        self.ranges, self.model = ROBOT_SHIFTS[shift], env.env.single_agent_env.unwrapped.model
-        self.torso = self.model.body("torso").id
+        robot = env.env.single_agent_env.unwrapped
+        self.ranges, self.model, self.data = ROBOT_SHIFTS[shift], robot.model, robot.data
+        self.torso, self.generator = self.model.body("torso").id, np.random.default_rng()
         self.usual = [x.copy() for x in (self.model.actuator_gear, self.model.body_mass, self.model.body_inertia)]
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
@@ -299,6 +300,7 @@ class ShiftedRobot(gym.Wrapper):
         self.model.body_mass[self.torso] = mass[self.torso] * heavier
         self.model.body_inertia[self.torso] = inertia[self.torso] * heavier
         self.model.geom_friction[:, 0] = draws["friction"]
+        mujoco.mj_setConst(self.model, self.data)  # what follows from the masses
         return self.env.reset(seed=seed, options=options)
 
 

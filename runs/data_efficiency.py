@@ -64,7 +64,9 @@ def main() -> None:
     for dataset in sorted(path.name for path in offline.RESULT.glob("*")):
         for method in METHODS:
             found = {f: offline.read(dataset, method, f) for f in FRACTIONS}
-            curves[dataset, method] = {f: (np.mean([*v.values()]), np.std([*v.values()]), len(v)) for f, v in found.items() if v}
+            curves[dataset, method] = {
+                f: (np.mean([*v.values()]), np.std([*v.values()], ddof=len(v) > 1), len(v)) for f, v in found.items() if v
+            }
     shown = [dataset for dataset in dict.fromkeys(key[0] for key in curves) if len(curves[dataset, "dom2"]) > 1]
     print("| data set | method | " + " | ".join(f"{f:.0%}" for f in FRACTIONS) + " |\n|---|---|" + "---|" * len(FRACTIONS))
     for dataset in shown:

@@ -6,7 +6,8 @@ HalfCheetah).
 
 Nothing is trained for it: policies learn from the usual data (runs/offline.py) and are evaluated, without learning, where every agent has
 a pace of its own (particle tasks) or where the body is another one in every episode (HalfCheetah: random, extreme). A win is a
-difference of two standard errors or more, counted over the seeds of training; less is a tie. Written: generalization.csv and
+difference of two standard errors or more, counted over the seeds of training; less is a tie. With three seeds each, two equal methods would
+be called different in 12 to 18 % of the settings. "Best of all" counts the highest mean, whatever the errors, as the paper does. Written: generalization.csv and
 generalization.png in runs/results/.
 """
 
@@ -32,7 +33,7 @@ def compare(ours: dict[int, float], theirs: dict[int, float]) -> str:
 
 
 def main() -> None:
-    rows = []
+    rows, against, best = [], [], []
     print(
         "| setting | "
         + " | ".join(offline.METHODS)
@@ -54,10 +55,12 @@ def main() -> None:
             for method, values in found.items()
             for seed, value in values.items()
         ]
-        for other, verdict in zip(("cloning", "deterministic"), verdicts):
-            rows.append(dict(dataset=dataset, shift=shift, method=f"dom2 against {other}", seed="", return_mean=verdict))
-    for other in ("cloning", "deterministic"):
-        verdicts = [row["return_mean"] for row in rows if row["method"] == f"dom2 against {other}" and row["return_mean"]]
+        against.append(verdicts)
+        if all(found.values()):
+            best.append(max(found, key=lambda method: np.mean(list(found[method].values()))))
+    print(f"best of all: dom2 in {best.count('dom2')} of {len(best)} settings")
+    for k, other in enumerate(("cloning", "deterministic")):
+        verdicts = [pair[k] for pair in against if pair[k]]
         counts = ", ".join(
             f"{verdicts.count(word)} {name}" for word, name in (("win", "wins"), ("tie", "ties"), ("loss", "losses"))
         )

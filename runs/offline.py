@@ -4,9 +4,11 @@
     python runs/offline.py --datasets omar_simple_spread-expert --fractions 0.05   # from 5 % of the episodes
     python runs/offline.py                                                         # only the table of everything there is
 
-Every run has the preset of its data set and the same number of updates as its neighbours; `--updates` changes it. A run's last policy
+Every run has the preset of its data set. DOM2 makes the preset's number of updates; the others, whose updates are cheaper, make so
+many more (`LONGER`) that they take about as long: the table has the minutes of each. A run's last policy
 is then evaluated over 1000 episodes (50 of HalfCheetah) whose seed no run and no search used: fresh.csv in the run's folder, one row
-for the usual environment and one for each of its shifts. Everything is kept in runs/results/offline/<data set>/<method>[-<percent>]/.
+for the usual environment and one for each of its shifts. Everything is kept in runs/results/offline/<data set>/<method>[-<percent>]/;
+an interrupted run is gone on with.
 """
 
 import concurrent.futures
@@ -30,6 +32,7 @@ from common.envs import SHIFTS, check_shift, make_env, make_vec
 
 RESULT = ROOT / "runs" / "results" / "offline"
 METHODS = {"dom2": "", "cloning": "--q-weight 0", "deterministic": "--policy deterministic"}
+LONGER = {"dom2": 1.0, "cloning": 2.0, "deterministic": 4.0}  # how many times as many updates take a method about the same time
 FRESH = 10**6  # seed of the fresh episodes
 
 
@@ -46,7 +49,7 @@ class Options:
     fractions: tuple[float, ...] = (1.0,)
     """shares of the episodes to learn from"""
     updates: int = 0
-    """updates of every run; 0: the preset's"""
+    """updates of DOM2, instead of the preset's"""
     jobs: int = 2
     """runs side by side, one core each"""
 
@@ -65,25 +68,26 @@ def train(dataset: str, method: str, fraction: float, seed: int, updates: int) -
     if find_run(dataset, method, fraction, seed):
         return
     place = folder(dataset, method, fraction)
-    command = [sys.executable, str(ROOT / "dom2.py"), "--dataset", dataset, *METHODS[method].split(), "--seed", str(seed)]
-    command += ["--data-fraction", str(fraction), "--run-dir", str(place), *(["--total-updates", str(updates)] if updates else [])]
-    done = subprocess.run(command, capture_output=True, text=True)
+    program, begun = [sys.executable, str(ROOT / "dom2.py")], next(place.glob(f"[!.]*__dom2__{seed}__*"), None)
+    count = round(LONGER[method] * (updates or dom2.preset(dataset).total_updates))
+    command = [*program, "--dataset", dataset, *METHODS[method].split(), "--seed", str(seed), "--data-fraction", str(fraction)]
+    command += ["--total-updates", str(count), "--run-dir", str(place)]
+    done = subprocess.run([*program, "--resume", str(begun)] if begun else command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
-    run = next(place.glob(f"*__dom2__{seed}__*"))
-    (run / "curve.png").unlink(missing_ok=True)  # a table is drawn from eval.csv
+    run = next(place.glob(f"[!.]*__dom2__{seed}__*"))
+    (run / "curve.png").unlink(missing_ok=True)  # it can be drawn from eval.csv
     config = json.loads((run / "config.json").read_text())
-    config["args"]["run_dir"] = "runs"
+    config["args"] |= dict(run_dir="runs", resume="")
     (run / "config.json").write_text(json.dumps(config, indent=2))
     rows = fresh(run)
-    with (run / "fresh.csv").open("w", newline="") as file:
+    with (run / "fresh.csv.tmp").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    print(
-        f"{dataset} {method} {fraction:g} seed {seed}: {rows[0]['return_mean']:.1f} ({done.stdout.splitlines()[-1].split(':')[0]})",
-        flush=True,
-    )
+    (run / "fresh.csv.tmp").rename(run / "fresh.csv")  # now it is a finished run
+    minutes = done.stdout.splitlines()[-1].split(":")[0]
+    print(f"{dataset} {method} {fraction:g} seed {seed}: {rows[0]['return_mean']:.1f} ({minutes})", flush=True)
 
 
 def fresh(run: Path) -> list[dict]:
@@ -116,8 +120,15 @@ def read(dataset: str, method: str, fraction: float, shift: str = "usual") -> di
 def cell(values: dict[int, float]) -> str:
     if not values:
         return ""
-    spread = f" ± {np.std(list(values.values())):.1f}" if len(values) > 1 else ""
+    spread = f" ± {np.std(list(values.values()), ddof=1):.1f}" if len(values) > 1 else ""
     return f"{np.mean(list(values.values())):.1f}{spread} ({len(values)})"
+
+
+def minutes(dataset: str, method: str, fraction: float) -> str:
+    """Mean wall time of the finished runs, and their updates."""
+    finished = [path.with_name("eval.csv") for path in folder(dataset, method, fraction).glob("*/fresh.csv")]
+    ends = [list(csv.DictReader(path.open()))[-1] for path in finished]
+    return f"{np.mean([float(end['wall_time_s']) for end in ends]) / 60:.1f} min, {int(ends[0]['step']):,}" if ends else ""
 
 
 def show() -> None:
@@ -125,8 +136,8 @@ def show() -> None:
     print(
         "| data set | share | data | "
         + " | ".join(METHODS)
-        + " | normalised (dom2) | updates, minutes (dom2) |\n|---|---|---|"
-        + "---|" * (len(METHODS) + 2)
+        + " | normalised | time and updates of each |\n|---|---|---|"
+        + "---|" * 5
     )
     order = {f"{env_id}-{split}": (env_id, i) for env_id in SCORES for i, split in enumerate(SPLITS)}
     for dataset in sorted((path.name for path in RESULT.glob("*")), key=lambda name: order.get(name, (name, 0))):
@@ -137,13 +148,9 @@ def show() -> None:
             data = json.loads(card.read_text())["return"]["mean"] if card.exists() else math.nan
             env_id, own = dataset.partition("-")[0], list(found["dom2"].values())
             score = f"{normalize(np.mean(own), SCORES[env_id]):.0f}" if own and env_id in SCORES else ""
-            ends = [list(csv.DictReader(path.open()))[-1] for path in folder(dataset, "dom2", fraction).glob("*/eval.csv")]
-            took = f"{ends[0]['step']}, {np.mean([float(end['wall_time_s']) for end in ends]) / 60:.1f}" if ends else ""
-            print(
-                f"| {dataset.removeprefix('omar_')} | {fraction:.0%} | {data:.0f} | "
-                + " | ".join(map(cell, found.values()))
-                + f" | {score} | {took} |"
-            )
+            took = "; ".join(minutes(dataset, method, fraction) for method in METHODS)
+            cells = " | ".join(map(cell, found.values()))
+            print(f"| {dataset.removeprefix('omar_')} | {fraction:.0%} | {data:.0f} | {cells} | {score} | {took} |")
 
 
 def main() -> None:
@@ -156,6 +163,8 @@ def main() -> None:
         for f in options.fractions
         for m in options.methods
     ]
+    for dataset in options.datasets:
+        dom2.open_data(dom2.preset(dataset))  # made here if missing, lest two runs make it at once
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
         list(pool.map(lambda job: train(*job), jobs))
     show()

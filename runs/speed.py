@@ -477,6 +477,9 @@ def dom2_table(options: Options) -> list[dict]:
         for label, changes in (("U-Net", {}), ("MLP", dict(network="mlp")), ("deterministic", dict(policy="deterministic"))):
             functions, acts, rows = {}, {}, []
             for name, (captured, compiled) in versions.items():
+                if cuda:
+                    torch.cuda.empty_cache()
+                    torch.cuda.reset_peak_memory_stats()
                 held = torch.cuda.memory_reserved() if cuda else 0
                 args = dataclasses.replace(dom2.preset(DATA_SET[env_id]), compile=compiled, **changes)
                 learner, generator = make_offline_learner(env, args, device, captured), torch.Generator(device).manual_seed(0)
@@ -485,7 +488,7 @@ def dom2_table(options: Options) -> list[dict]:
                 acts[name] = lambda learner=learner, generator=generator, obs=obs: learner.agent.act(obs, generator)
                 functions[name](), acts[name]()
                 rows.append(dict(env_id=env_id, networks=label, version=name))
-                rows[-1]["gpu_gib"] = f"{(torch.cuda.memory_reserved() - held) / 2**30:.2f}" if cuda else ""
+                rows[-1]["gpu_gib"] = f"{(torch.cuda.max_memory_reserved() - held) / 2**30:.2f}" if cuda else ""
                 if name == "eager":
                     with FlopCounterMode(display=False) as counter:
                         functions[name]()

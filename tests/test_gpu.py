@@ -281,6 +281,19 @@ def test_an_update_on_a_gpu_never_waits(program, precision):
 
 
 @gpu
+def test_a_captured_update_reads_the_learning_rates_of_the_moment(precision):
+    """A graph into which the first rate was burnt would go on at full speed at the end of the training."""
+    learner = make_learner(torch.device("cuda"), program=dom2)
+    assert learner.capture().startswith("graphs    on")
+    g, moved = torch.Generator("cuda").manual_seed(0), []
+    for done in (0.0, 0.9, 1.0):
+        before = [p.clone() for p in learner.agent.critic.parameters()]
+        learner.step(g, done)
+        moved.append(max((p - q).abs().max().item() for p, q in zip(learner.agent.critic.parameters(), before)))
+    assert moved[0] > 10 * moved[1] > 0 and moved[2] == 0
+
+
+@gpu
 @pytest.mark.parametrize("program", [omad, dom2])
 def test_captured_actions_equal_eager_ones(program, precision):
     learner = make_learner(torch.device("cuda"), program=program)

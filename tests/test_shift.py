@@ -70,6 +70,7 @@ def test_fewer_landmarks():
 def test_another_body_in_every_episode(shift):
     usual, env = make_env("omar_halfcheetah_2x3"), make_env("omar_halfcheetah_2x3", shift=shift)
     model, normal = env.unwrapped.env.single_agent_env.unwrapped.model, usual.unwrapped.env.single_agent_env.unwrapped.model
+    make_env("omar_halfcheetah_2x3", shift=shift).reset()  # needs no seed
     torso, found = model.body("torso").id, []
     for seed in range(60):
         obs, _ = env.reset(seed=seed) if seed < 30 else env.reset()
@@ -79,6 +80,7 @@ def test_another_body_in_every_episode(shift):
         inertia, friction = model.body_inertia[torso] / normal.body_inertia[torso], model.geom_friction[:, 0]
         assert np.ptp(power) < 1e-9 and np.ptp(friction) == 0 and np.allclose(inertia, mass[torso])
         assert np.allclose(np.delete(mass, [0, torso]), 1) and (model.geom_friction[:, 1:] == 0.1).all()
+        assert model.body_subtreemass[0] == pytest.approx(model.body_mass.sum())  # what follows from the masses has followed
         found.append((power[0], 1000 * mass[torso], friction[0]))
     for values, intervals in zip(np.array(found).T, ROBOT_SHIFTS[shift].values()):
         inside = [(low <= values) & (values <= high) for low, high in intervals]
