@@ -82,7 +82,7 @@ class Args:
     """omar_simple_tag and omar_simple_world: a file with the prey's network for evaluations; else the project's own"""
     seed: int = 1
     """seed of everything random: networks, batches, noise, evaluations"""
-    total_updates: int = 20_000
+    total_updates: int = 4_000
     """gradient steps"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where networks and data live; auto: cuda if there is one"""
@@ -92,7 +92,7 @@ class Args:
     """on a GPU, capture the update as a CUDA graph, if it passes a check against the plain update at the start"""
     compile: bool = False
     """compile the losses with torch.compile, which takes a minute or two at the start"""
-    eval_every: int = 2_000
+    eval_every: int = 500
     """updates between evaluations; each also writes the checkpoint"""
     eval_episodes: int = 100
     """episodes per evaluation, one environment each"""
@@ -170,12 +170,18 @@ LIMITS = {  # smallest and largest value allowed
     "cql_rows": (1e-9, 1.0), "thresholds": (0, 1000), "top_quantile": (0.0, 1.0),
 }  # fmt: skip
 # Presets: per task, and per split of its data. README.md says where they come from.
-ROBOT = dict(gamma=0.99, tau=0.005, policy_lr=3e-4, q_lr=3e-4, eval_episodes=10, policy_hidden=128, critic_hidden=128)
-TASKS = {"omar_simple_spread": dict(gamma=0.9), "omar_simple_tag": dict(gamma=0.9), "omar_simple_world": dict(gamma=0.9)}
-SPLITS: dict[str, dict[str, dict]] = {
-    "omar_simple_spread": {},
-    "omar_simple_tag": {},
-    "omar_simple_world": {},
+ROBOT = dict(
+    gamma=0.99, tau=0.005, policy_lr=3e-4, q_lr=3e-4, total_updates=20_000, eval_every=2_000, eval_episodes=10, policy_hidden=128, critic_hidden=128
+)  # fmt: skip
+PURSUIT = dict(gamma=0.9, q_weight=0.5, cql_weight=5.0, total_updates=6_000)
+TASKS = {"omar_simple_spread": dict(gamma=0.9), "omar_simple_tag": PURSUIT, "omar_simple_world": PURSUIT}
+SPLITS = {
+    "omar_simple_spread": {
+        "random": dict(gamma=0.95, q_weight=5.0, cql_weight=0.5, policy_lr=3e-4, q_lr=1e-3, total_updates=12_000, eval_every=1_000),
+        "medium": dict(q_weight=4.0),
+        "medium-expert": dict(q_weight=2.0, cql_weight=2.0),
+        "expert": dict(q_weight=0.2, cql_weight=1.25),
+    },
 }
 
 

@@ -43,6 +43,9 @@ def test_a_win_is_two_standard_errors():
     compare = generalization.compare
     assert compare({1: 10.0, 2: 12.0}, {1: 5.0, 2: 7.0}) == "win" and compare({1: 5.0, 2: 7.0}, {1: 10.0, 2: 12.0}) == "loss"
     assert compare({1: 10.0, 2: 12.0}, {1: 9.0, 2: 11.0}) == "tie"  # a difference of 1 with a standard error of 1.4
+    assert (
+        compare({1: 10.0, 2: 12.0}, {1: 8.0, 2: 10.0}) == "tie" and compare({1: 10.0, 2: 12.0}, {1: 7.0, 2: 9.0}) == "win"
+    )  # 1.4 and 2.1
     assert compare({1: 10.0}, {1: 5.0, 2: 7.0}) == "" == compare({}, {})
     assert len(generalization.SETTINGS) == 30 == len(set(generalization.SETTINGS))
 
