@@ -6,6 +6,8 @@ import inspect
 import json
 import math
 import shutil
+import subprocess
+import sys
 
 import collect
 import numpy as np
@@ -17,7 +19,7 @@ import dom2
 import omad
 from common.datasets import load_dataset
 from common.envs import make_env
-from conftest import caller
+from conftest import ROOT, caller
 from test_omar_tasks import checkpoint
 
 ONE = torch.ones(1, 1, dtype=torch.bool)  # one agent that sees one number and does one thing
@@ -431,6 +433,22 @@ def test_the_same_seed_is_the_same_run_and_a_resumed_one_too(cli, tmp_path, monk
     assert code == 0 and curve(cut) == curve(one), err
     same = [torch.load(run / "checkpoint.pt", weights_only=True)["agent"] for run in (cut, one)]
     assert all(torch.equal(same[0][name], same[1][name]) for name in same[0])
+
+
+@pytest.mark.slow
+def test_the_default_command_as_a_user_types_it(tmp_path):
+    """On a fresh checkout: the default data are made, a million transitions, and learned from; here for half a minute, not two."""
+    for name in ("dom2.py", "omad.py", "common", "datasets"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, tmp_path / name, **(dict(ignore=shutil.ignore_patterns("data")) if copy is shutil.copytree else {}))
+    command = [sys.executable, "dom2.py", "--total-updates", "1000"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stderr
+    assert "omar_simple_spread-medium is not there yet: making it" in done.stdout and "1,000,000 transitions" in done.stdout
+    (run,) = (tmp_path / "runs").glob("omar_simple_spread-medium__dom2__1__*")
+    rows = list(csv.DictReader((run / "eval.csv").open()))
+    assert float(rows[-1]["return_mean"]) > 300 > float(rows[0]["return_mean"])  # the data: 267
+    assert {"config.json", "eval.csv", "checkpoint.pt", "curve.png"} <= {path.name for path in run.iterdir()}
 
 
 def test_learning_rates_fall_along_half_a_cosine(folder):

@@ -1,7 +1,9 @@
 """The scripts that make and compare the offline results."""
 
 import itertools
+import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -48,6 +50,36 @@ def test_a_win_is_two_standard_errors():
     )  # 1.4 and 2.1
     assert compare({1: 10.0}, {1: 5.0, 2: 7.0}) == "" == compare({}, {})
     assert len(generalization.SETTINGS) == 30 == len(set(generalization.SETTINGS))
+
+
+def test_an_interrupted_run_is_gone_on_with_and_only_then_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr(offline, "RESULT", tmp_path)
+    place = offline.folder("omar_simple_spread-medium", "deterministic", 0.05)
+    assert place == tmp_path / "omar_simple_spread-medium" / "deterministic-5"
+    commands = []
+
+    def pretend(command, **_):
+        """A run that leaves its files; the first time it is killed before it has finished."""
+        commands.append(command)
+        run = place / "omar_simple_spread-medium__dom2__2__20260101-000000"
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "config.json").write_text(json.dumps({"args": {"run_dir": "/home/somebody", "resume": "x"}}))
+        (run / "eval.csv").write_text("step,wall_time_s\n10,60\n")
+        return SimpleNamespace(returncode=1 if len(commands) == 1 else 0, stdout="done in 1 min: there", stderr="killed")
+
+    monkeypatch.setattr(offline.subprocess, "run", pretend)
+    monkeypatch.setattr(offline, "fresh", lambda run: [dict(shift="usual", return_mean=7.0, return_std=1.0, episodes=3)])
+    job = ("omar_simple_spread-medium", "deterministic", 0.05, 2, 1000)
+    with pytest.raises(SystemExit):
+        offline.train(*job)
+    assert offline.read(*job[:3]) == {} and not offline.find_run(*job[:4])
+    offline.train(*job)
+    first, second = commands
+    assert first[first.index("--total-updates") + 1] == "4000" and "--resume" not in first  # four times as many, in the same time
+    assert second[-2] == "--resume" and second[-1].endswith("20260101-000000")
+    assert offline.read(*job[:3]) == {2: 7.0} and "somebody" not in (offline.find_run(*job[:4]) / "config.json").read_text()
+    offline.train(*job)
+    assert len(commands) == 2  # it is there already
 
 
 def test_assignments():
