@@ -139,7 +139,7 @@ class Choice(simple_spread.Scenario):
     reward = Spread.reward
 
     def nearness(self, landmark, world):
-        return landmark.counts * Spread.nearness(self, landmark, world)
+        return getattr(landmark, "counts", 1.0) * Spread.nearness(self, landmark, world)
 
 
 class Pursuit:

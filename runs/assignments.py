@@ -9,14 +9,12 @@ agent that stands still at the start has several good ways to go, and their mean
 the same without the critic's gradient (behaviour cloning), and the deterministic baseline with the same critic. They are evaluated
 where they learned, and with the shift "fewer", where three random landmarks are gone and those left have to be covered exactly.
 
-Results go to runs/results/assignments/: eval.csv and config.json of every run, fresh.csv (returns over 1000 fresh episodes) and paths.png.
+Each takes about the same time. Results go to runs/results/assignments/: eval.csv, config.json and fresh.csv (1000 fresh episodes, usual and
+shifted) of every run, and paths.png.
 """
 
 import concurrent.futures
-import csv
 import itertools
-import json
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,16 +26,13 @@ import tyro
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import dom2
+import offline
 from common.envs import make_env, make_vec
 
 TASK, DATA = "omar_simple_spread_6", ROOT / "datasets" / "data" / "simple_spread_6" / "assignments" / "seed_0_data"
 RESULT = ROOT / "runs" / "results" / "assignments"
-METHODS = {
-    "dom2": "--q-weight 0.2",
-    "cloning": "--q-weight 0",
-    "deterministic": "--policy deterministic",
-}
-COMMON = "--total-updates 6000 --eval-every 1000 --gamma 0.9 --cql-weight 5 --no-reweight"
+# Searched for none of the three.
+COMMON, UPDATES, OWN = "--gamma 0.9 --cql-weight 5 --no-reweight --eval-every 1000", 6_000, {"dom2": "--q-weight 0.2"}
 EPISODES, BEST, NOISE = 20_000, 10, 0.2
 ORDERS = np.array(list(itertools.permutations(range(6), 3)))  # [120, 3] landmark of each agent
 
@@ -46,7 +41,7 @@ ORDERS = np.array(list(itertools.permutations(range(6), 3)))  # [120, 3] landmar
 class Options:
     """Which part to do; what is there already is kept."""
 
-    methods: tuple[str, ...] = tuple(METHODS)
+    methods: tuple[str, ...] = tuple(offline.METHODS)
     """of dom2, cloning, deterministic"""
     seeds: tuple[int, ...] = (1, 2, 3)
     """seeds of training"""
@@ -100,66 +95,46 @@ def make_data() -> None:
 
 
 def train(method: str, seed: int) -> None:
-    folder = RESULT / method
-    if list(folder.glob(f"*__dom2__{seed}__*/curve.png")):
-        return
-    command = f"{sys.executable} {ROOT / 'dom2.py'} --dataset {DATA} --env-id {TASK} {COMMON} {METHODS[method]} --seed {seed} --run-dir {folder}"
-    done = subprocess.run(command.split(), capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    print(f"{method} seed {seed}: {done.stdout.splitlines()[-2]}", flush=True)
-    for config in folder.glob("*/config.json"):  # where the data lie on this machine is nobody's business
-        config.write_text(config.read_text().replace(str(ROOT) + "/", ""))
+    if seed not in offline.read_folder(RESULT / method, "usual"):
+        count = str(round(UPDATES * offline.LONGER[method]))
+        flags = f"{COMMON} {offline.METHODS[method]} {OWN.get(method, '')} --total-updates {count}".split()
+        offline.complete(RESULT / method, seed, ["--dataset", str(DATA), "--env-id", TASK, *flags])
 
 
-def players(options: Options) -> dict[tuple[str, int], dom2.DOM2]:
-    """The trained policies by method and seed."""
+def players(methods: tuple[str, ...]) -> dict[str, dom2.DOM2]:
+    """A trained policy of each method, if its checkpoint is there: a checkout has none."""
     result = {}
-    for method, seed in itertools.product(options.methods, options.seeds):
-        (run,) = (path.parent for path in (RESULT / method).glob(f"*__dom2__{seed}__*/checkpoint.pt"))
-        saved = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
-        agent = dom2.DOM2(make_env(TASK), dom2.Args(**saved["args"]), torch.device("cpu"))
-        agent.load_state_dict(saved["agent"])
-        result[method, seed] = agent
+    for method in methods:
+        for path in sorted((RESULT / method).glob("*/checkpoint.pt"))[:1]:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            result[method] = dom2.DOM2(make_env(TASK), dom2.Args(**saved["args"]), torch.device("cpu"))
+            result[method].load_state_dict(saved["agent"])
     return result
 
 
-def fresh(agents: dict[tuple[str, int], dom2.DOM2]) -> list[dict]:
-    """Return of every policy over 1000 episodes that nothing was chosen by, beside those of the script."""
-    rows = []
-    for shift in ("", "fewer"):
-        envs, rng = make_vec(TASK, 1000, shift=shift), np.random.default_rng(7)
-        for (method, seed), agent in agents.items():
-            returns = dom2.evaluate(agent, envs, 10**6)
-            rows.append(
-                dict(method=method, seed=seed, shift=shift or "usual", return_mean=returns.mean(), return_std=returns.std())
-            )
-        for name, best in (("script, 10 best", BEST), ("script, the best", 1)):
-            obs, _ = envs.reset(seed=10**6)
-            gone = np.stack([np.broadcast_to(landmark.counts == 0, 1000) for landmark in envs.unwrapped.world.landmarks], 1)
-            chosen = choose(obs, rng, min(best, 6 if shift else BEST), gone)  # of six where three landmarks are left
-            for _ in range(25):
-                obs, _, _, _, info = envs.step(script(obs, chosen))
-            returns = info["episode"]["r"]
-            rows.append(dict(method=name, seed="", shift=shift or "usual", return_mean=returns.mean(), return_std=returns.std()))
-    return rows
+def script_returns(best: int, shift: str) -> np.ndarray:
+    """Of the script, over the fresh episodes. It knows which landmarks are gone, and decides for all three."""
+    envs, rng = make_vec(TASK, 1000, shift=shift), np.random.default_rng(7)
+    obs, _ = envs.reset(seed=offline.FRESH)
+    gone = np.stack([np.broadcast_to(landmark.counts == 0, 1000) for landmark in envs.unwrapped.world.landmarks], 1)
+    chosen = choose(obs, rng, best, gone)
+    for _ in range(25):
+        obs, _, _, _, info = envs.step(script(obs, chosen))
+    return info["episode"]["r"]
 
 
-def draw(agents: dict[tuple[str, int], dom2.DOM2]) -> None:
-    """Paths of 40 episodes from one start, for the first seed of each method; usual above, shifted below."""
+def draw(first: dict[str, dom2.DOM2]) -> None:
+    """Paths of 40 episodes from one start that is not in the data; usual above, shifted below."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    first = {}
-    for (method, _), agent in agents.items():
-        first.setdefault(method, agent)
     figure, axes = plt.subplots(2, 1 + len(first), figsize=(3.2 * (1 + len(first)), 6.6), layout="constrained", squeeze=False)
     for row, shift in zip(axes, ("", "fewer")):
         envs = make_vec(TASK, 40, shift=shift)
         for axis, (name, agent) in zip(row, [("data", None), *first.items()]):
-            obs, _ = envs.reset(seed=[3] * 40)
+            obs, _ = envs.reset(seed=[offline.FRESH + 5000] * 40)
             generator, rng = torch.Generator().manual_seed(0), np.random.default_rng(0)
             chosen, path = choose(obs, rng, BEST), [obs[..., 2:4]]
             if agent is None and shift:
@@ -192,20 +167,16 @@ def main() -> None:
     make_data()
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
         list(pool.map(lambda job: train(*job), [(m, s) for s in options.seeds for m in options.methods]))
-    agents = players(options)
-    rows = fresh(agents)
-    with (RESULT / "fresh.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    print("return over 1000 fresh episodes; mean ± std over the seeds")
+    print("return over 1000 fresh episodes; mean ± std over seeds (number of seeds)")
     for shift in ("usual", "fewer"):
-        for method in dict.fromkeys(row["method"] for row in rows):
-            means = [row["return_mean"] for row in rows if row["method"] == method and row["shift"] == shift]
-            print(
-                f"{shift:6s} {method:18s} {np.mean(means):7.1f} ± {np.std(means):.1f}   {json.dumps([round(x, 1) for x in means])}"
-            )
-    draw(agents)
+        for method in options.methods:
+            print(f"{shift:6s} {method:22s} {offline.cell(offline.read_folder(RESULT / method, shift))}")
+        for name, best in (("script, some good way", 6 if shift == "fewer" else BEST), ("script, the shortest", 1)):
+            returns = script_returns(best, shift.replace("usual", ""))
+            print(f"{shift:6s} {name:22s} {returns.mean():.1f}")
+    agents = players(options.methods)
+    if len(agents) == len(options.methods):
+        draw(agents)
 
 
 if __name__ == "__main__":

@@ -64,21 +64,24 @@ def find_run(dataset: str, method: str, fraction: float, seed: int) -> Path | No
 
 
 def train(dataset: str, method: str, fraction: float, seed: int, updates: int) -> None:
-    """One run of dom2.py, as a user would start it, and the evaluation of its last policy."""
-    if find_run(dataset, method, fraction, seed):
-        return
-    place = folder(dataset, method, fraction)
+    """One run, unless it is there already."""
+    if not find_run(dataset, method, fraction, seed):
+        count = round(LONGER[method] * (updates or dom2.preset(dataset).total_updates))
+        flags = ["--dataset", dataset, *METHODS[method].split(), "--data-fraction", str(fraction), "--total-updates", str(count)]
+        complete(folder(dataset, method, fraction), seed, flags)
+
+
+def complete(place: Path, seed: int, flags: list[str]) -> None:
+    """One run of dom2.py, as a user would start it, or the rest of one; and the evaluation of its last policy."""
     program, begun = [sys.executable, str(ROOT / "dom2.py")], next(place.glob(f"[!.]*__dom2__{seed}__*"), None)
-    count = round(LONGER[method] * (updates or dom2.preset(dataset).total_updates))
-    command = [*program, "--dataset", dataset, *METHODS[method].split(), "--seed", str(seed), "--data-fraction", str(fraction)]
-    command += ["--total-updates", str(count), "--run-dir", str(place)]
-    done = subprocess.run([*program, "--resume", str(begun)] if begun else command, capture_output=True, text=True)
+    rest = ["--resume", str(begun)] if begun else [*flags, "--seed", str(seed), "--run-dir", str(place)]
+    done = subprocess.run([*program, *rest], capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
+        raise SystemExit(f"{' '.join([*program, *rest])}\n{done.stderr}")
     run = next(place.glob(f"[!.]*__dom2__{seed}__*"))
     (run / "curve.png").unlink(missing_ok=True)  # it can be drawn from eval.csv
     config = json.loads((run / "config.json").read_text())
-    config["args"] |= dict(run_dir="runs", resume="")
+    config["args"] |= dict(run_dir="runs", resume="", dataset=config["args"]["dataset"].replace(f"{ROOT}/", ""))
     (run / "config.json").write_text(json.dumps(config, indent=2))
     rows = fresh(run)
     with (run / "fresh.csv.tmp").open("w", newline="") as file:
@@ -87,7 +90,7 @@ def train(dataset: str, method: str, fraction: float, seed: int, updates: int) -
         writer.writerows(rows)
     (run / "fresh.csv.tmp").rename(run / "fresh.csv")  # now it is a finished run
     minutes = done.stdout.splitlines()[-1].split(":")[0]
-    print(f"{dataset} {method} {fraction:g} seed {seed}: {rows[0]['return_mean']:.1f} ({minutes})", flush=True)
+    print(f"{place.relative_to(RESULT.parent)} seed {seed}: {rows[0]['return_mean']:.1f} ({minutes})", flush=True)
 
 
 def fresh(run: Path) -> list[dict]:
@@ -109,8 +112,12 @@ def fresh(run: Path) -> list[dict]:
 
 def read(dataset: str, method: str, fraction: float, shift: str = "usual") -> dict[int, float]:
     """Fresh returns by seed."""
+    return read_folder(folder(dataset, method, fraction), shift)
+
+
+def read_folder(place: Path, shift: str) -> dict[int, float]:
     found = {}
-    for path in sorted(folder(dataset, method, fraction).glob("*__dom2__*/fresh.csv")):
+    for path in sorted(place.glob("*__dom2__*/fresh.csv")):
         row = next((row for row in csv.DictReader(path.open()) if row["shift"] == shift), None)
         if row:
             found[int(path.parent.name.split("__")[2])] = float(row["return_mean"])

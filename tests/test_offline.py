@@ -63,7 +63,7 @@ def test_an_interrupted_run_is_gone_on_with_and_only_then_counts(tmp_path, monke
         commands.append(command)
         run = place / "omar_simple_spread-medium__dom2__2__20260101-000000"
         run.mkdir(parents=True, exist_ok=True)
-        (run / "config.json").write_text(json.dumps({"args": {"run_dir": "/home/somebody", "resume": "x"}}))
+        (run / "config.json").write_text(json.dumps({"args": {"run_dir": "/home/somebody", "resume": "x", "dataset": "y"}}))
         (run / "eval.csv").write_text("step,wall_time_s\n10,60\n")
         return SimpleNamespace(returncode=1 if len(commands) == 1 else 0, stdout="done in 1 min: there", stderr="killed")
 
