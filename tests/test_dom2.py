@@ -402,6 +402,12 @@ def test_a_whole_run(cli, tmp_path):
     row = curve(run)[-1]
     assert float(row["normalized_score"]) == pytest.approx(100 * (float(row["return_mean"]) - 159.8) / (516.8 - 159.8))
     assert json.loads((run / "config.json").read_bytes())["args"]["policy_hidden"] == 16
+    weights = torch.load(run / "checkpoint.pt", weights_only=True)["agent"]
+    for critic in ("critic", "slow_critic"):  # random play earns 160 in 25 steps, at gamma 0.95 worth about 128
+        assert (
+            weights[f"{critic}.shift"].flatten().tolist() == pytest.approx([128] * 3, abs=15)
+            and weights[f"{critic}.scale"].min() > 5
+        )
     last = out.splitlines()[-2].split("return ")[1].split(" over")[0]
     code, out, err = cli("--evaluate", run, run_dir=False)
     assert code == 0 and last in out and "3 solver steps" in out, err
