@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import dom2
 import offline
-from common.envs import make_env, make_vec
+from common.envs import make_vec
 
 TASK, DATA = "omar_simple_spread_6", ROOT / "datasets" / "data" / "simple_spread_6" / "assignments" / "seed_0_data"
 RESULT = ROOT / "runs" / "results" / "assignments"
@@ -103,13 +103,8 @@ def train(method: str, seed: int) -> None:
 
 def players(methods: tuple[str, ...]) -> dict[str, dom2.DOM2]:
     """A trained policy of each method, if its checkpoint is there: a checkout has none."""
-    result = {}
-    for method in methods:
-        for path in sorted((RESULT / method).glob("*/checkpoint.pt"))[:1]:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-            result[method] = dom2.DOM2(make_env(TASK), dom2.Args(**saved["args"]), torch.device("cpu"))
-            result[method].load_state_dict(saved["agent"])
-    return result
+    found = {method: sorted((RESULT / method).glob("*/checkpoint.pt")) for method in methods}
+    return {method: offline.trained(paths[0].parent)[0] for method, paths in found.items() if paths}
 
 
 def script_returns(best: int, shift: str) -> np.ndarray:

@@ -93,12 +93,17 @@ def complete(place: Path, seed: int, flags: list[str]) -> None:
     print(f"{place.relative_to(RESULT.parent)} seed {seed}: {rows[0]['return_mean']:.1f} ({minutes})", flush=True)
 
 
+def trained(run: Path) -> tuple[dom2.DOM2, str]:
+    """The last policies and critics of a run, and its task."""
+    saved = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
+    agent = dom2.DOM2(make_env(saved["env_id"]), dom2.Args(**saved["args"]), torch.device("cpu"))
+    agent.load_state_dict(saved["agent"])
+    return agent, saved["env_id"]
+
+
 def fresh(run: Path) -> list[dict]:
     """Returns of a run's last policy over fresh episodes, in the usual environment and in its shifts."""
-    saved = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
-    env_id, args = saved["env_id"], dom2.Args(**saved["args"])
-    agent = dom2.DOM2(make_env(env_id), args, torch.device("cpu"))
-    agent.load_state_dict(saved["agent"])
+    agent, env_id = trained(run)
     count, rows = 50 if "cheetah" in env_id else 1000, []
     for shift in ("", *SHIFTS):
         try:

@@ -132,7 +132,9 @@ def peaks(device: torch.device) -> tuple[float, float]:
     )
     out = torch.empty_like(a)
     times = in_turns({"product": lambda: torch.mm(a, b, out=out), "copy": lambda: y.copy_(x)}, 5, 2)
-    return 2 * size**3 / min(times["product"]), 8 * length / min(times["copy"])
+    flops_rate, bytes_rate = 2 * size**3 / min(times["product"]), 8 * length / min(times["copy"])
+    print(f"one large product: {flops_rate / 1e12:.2f} TFLOP/s; one large copy: {bytes_rate / 1e9:.0f} GB/s")
+    return flops_rate, bytes_rate
 
 
 def work(learner: omad.Learner, inputs: tuple[torch.Tensor, ...]) -> tuple[float, float]:
@@ -146,18 +148,23 @@ def work(learner: omad.Learner, inputs: tuple[torch.Tensor, ...]) -> tuple[float
     return counter.get_total_flops(), 4 * (weights(agent.policy) + weights(agent.critic) + 8 * trained + 2 * rows)
 
 
+def versions_here(options: Options, cuda: bool) -> dict[str, tuple[bool, bool]]:
+    """What is timed against each other: name -> whether captured as a graph, whether compiled."""
+    versions = {"eager": (False, False)}
+    if cuda:
+        versions |= {"graph": (True, False), "graph, compiled": (True, True)}
+    elif options.compile:
+        versions["compiled"] = (False, True)
+    return versions
+
+
 def update_table(options: Options) -> list[dict]:
     device = omad.pick_device(options.device)
     cuda = device.type == "cuda"
     args, env = omad.preset(options.env_id), make_env(options.env_id)
     print(f"{describe(device, options)}\n{options.env_id} at its preset: {args.updates_per_step:g} updates per environment step")
     flops_rate, bytes_rate = peaks(device)
-    print(f"one large product: {flops_rate / 1e12:.2f} TFLOP/s; one large copy: {bytes_rate / 1e9:.0f} GB/s")
-    versions = {"eager": (False, False)}
-    if cuda:
-        versions |= {"graph": (True, False), "graph, compiled": (True, True)}
-    elif options.compile:
-        versions["compiled"] = (False, True)
+    versions = versions_here(options, cuda)
     critic, both, act, learners, result = {}, {}, {}, {}, []
     generator, obs = torch.Generator(device).manual_seed(0), np.zeros((args.num_envs, *env.obs_mask.shape), np.float32)
     for name, (captured, compiled) in versions.items():
@@ -462,12 +469,7 @@ def dom2_table(options: Options) -> list[dict]:
     cuda = device.type == "cuda"
     print(describe(device, options))
     flops_rate, bytes_rate = peaks(device)
-    print(f"one large product: {flops_rate / 1e12:.2f} TFLOP/s; one large copy: {bytes_rate / 1e9:.0f} GB/s")
-    versions = {"eager": (False, False)}
-    if cuda:
-        versions |= {"graph": (True, False), "graph, compiled": (True, True)}
-    elif options.compile:
-        versions["compiled"] = (False, True)
+    versions = versions_here(options, cuda)
     result = []
     print(
         "task                 | networks      | version         | update ms | updates/s | eager / this | share of floor | GFLOP |  MB | act ms | GPU GiB"
