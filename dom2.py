@@ -177,7 +177,7 @@ PURSUIT = dict(gamma=0.9, q_weight=0.5, cql_weight=5.0, total_updates=6_000)
 TASKS = {"omar_simple_spread": dict(gamma=0.9), "omar_simple_tag": PURSUIT, "omar_simple_world": PURSUIT}
 SPLITS = {
     "omar_simple_spread": {
-        "random": dict(gamma=0.95, q_weight=5.0, cql_weight=0.5, policy_lr=3e-4, q_lr=1e-3, total_updates=12_000, eval_every=1_000),
+        "random": dict(gamma=0.95, q_weight=30.0, cql_weight=0.5, total_updates=12_000, eval_every=1_000),
         "medium": dict(q_weight=4.0),
         "medium-expert": dict(q_weight=2.0, cql_weight=2.0),
         "expert": dict(q_weight=0.2, cql_weight=1.25),
@@ -311,7 +311,7 @@ class DiffusionPolicy(nn.Module):
         return torch.randn(n, batch, a, generator=generator, device=generator.device)
 
     def condition(self, obs: Tensor, t: Tensor) -> Tensor:
-        """What the network is told at the times t [K, B or 1]: obs [N, B, O] -> [K, N, B, C]. It does not depend on x, so that a
+        """What the network is told at the times t [K, B or 1]: obs [N, B, O] -> [N, K, B, C]. It does not depend on x, so that a
         chain needs it only once, for all its steps."""
         (n, b, _), k = obs.shape, len(t)
         angle = 2 * math.pi * t[..., None] * self.frequency  # [K, B or 1, 16]
@@ -319,18 +319,15 @@ class DiffusionPolicy(nn.Module):
         time = self.join_time(F.silu(self.time(wave))).unflatten(1, (k, -1))  # [N, K, B or 1, 64]
         seen = self.join_obs(F.silu(self.obs(obs * self.obs_mask)))  # [N, B, 64]
         both = F.silu(seen[:, None] + time).flatten(1, 2)  # [N, K * B, 64]
-        told = self.tell(both).view(n, k, b, -1).transpose(0, 1)
-        alpha, sigma = (scale[:, None, :, None].expand(-1, n, b, 1) for scale in self.scales(t))
-        return torch.cat([told, alpha, sigma], -1)
+        return self.tell(both).view(n, k, b, -1)
 
-    def predict(self, x: Tensor, condition: Tensor) -> Tensor:
-        """The noise in x [N, B, A] at the time and with the observations of which `condition` [N, B, C] was made.
+    def predict(self, x: Tensor, condition: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> Tensor:
+        """The noise in x [N, B, A] at the time of `alpha`, `sigma` and `condition` [N, B, C].
 
         eps = sigma_t x + alpha_t network(x, o, t) [deviation E6]: nearly all of x is noise at t = 1, and an error of the network there,
         where the solver divides by alpha = 0.007, must not count 150 times.
         """
-        told, alpha, sigma = condition.split([condition.shape[-1] - 2, 1, 1], -1)
-        return (sigma * x + alpha * self.network(x, told)) * self.action_mask
+        return (sigma * x + alpha * self.network(x, condition)) * self.action_mask
 
     def forward(self, obs: Tensor, noise: Tensor) -> Tensor:
         """Samples: obs [N, B, O], noise from `noise` -> action [N, B, A] in [-1, 1].
@@ -340,9 +337,9 @@ class DiffusionPolicy(nn.Module):
         [DOM2 solver]. In these words it can be clipped to the box, as it has to: at t = 1, alpha is 0.007, and an error in eps
         counts 150 times [deviation E2].
         """
-        x, condition = noise * self.action_mask, self.condition(obs, self.times[:-1, None])
-        for k, (alpha, sigma) in enumerate(zip(self.alpha[:-1], self.sigma)):
-            action = ((x - sigma * self.predict(x, condition[k])) / alpha).clamp(-1.0, 1.0)
+        x, conditions = noise * self.action_mask, self.condition(obs, self.times[:-1, None]).unbind(1)
+        for k, (condition, alpha, sigma) in enumerate(zip(conditions, self.alpha, self.sigma)):
+            action = ((x - sigma * self.predict(x, condition, alpha, sigma)) / alpha).clamp(-1.0, 1.0)
             eps = (x - alpha * action) / sigma
             x = self.alpha[k + 1] * action + self.sigma[k + 1] * eps
         return x.clamp(-1.0, 1.0)
@@ -404,11 +401,10 @@ class Critic(nn.Module):
         return self.shift + self.scale * self.out(F.relu(self.hidden1(h))).view(n, 2, rows).transpose(0, 1)
 
     def set_units(self, reward: Tensor, gamma: float) -> None:
-        """From the rewards in the data [N, T]: what a policy with their mean is worth, and their spread."""
+        """From the rewards in the data [N, T]: what a policy with their mean is worth, and their spread in one step."""
         std, mean = torch.std_mean(reward, 1, keepdim=True)
-        horizon = min(1 / (1 - gamma), 1000.0) if gamma < 1 else 1000.0
-        self.shift.copy_(horizon * mean)
-        self.scale.copy_((std * horizon**0.5).clamp(min=1e-3))
+        self.shift.copy_(mean * min(1 / (1 - gamma), 1000.0) if gamma < 1 else mean * 1000.0)
+        self.scale.copy_(std.clamp(min=1e-3))
 
 
 # ============================================================================================================================
@@ -449,7 +445,8 @@ def critic_loss(critic: Critic, target: Critic, target_policy: nn.Module, batch:
 def imitation_loss(policy: DiffusionPolicy, batch: dict[str, Tensor], t: Tensor, eps: Tensor) -> tuple[Tensor, Logs]:
     """E || eps - eps_theta(alpha_t a + sigma_t eps, o, t) ||^2, summed over agents [DOM2 imitation]. t [1, B], eps [N, B, A]."""
     alpha, sigma = policy.scales(t[..., None])  # [1, B, 1]
-    predicted = policy.predict(alpha * batch["action"] + sigma * eps, policy.condition(batch["obs"], t)[0])
+    condition = policy.condition(batch["obs"], t).squeeze(1)  # [N, B, C]
+    predicted = policy.predict(alpha * batch["action"] + sigma * eps, condition, alpha, sigma)
     loss = ((eps * policy.action_mask - predicted) ** 2).sum(-1).mean(1).sum()
     return loss, {"losses/imitation": loss.detach()}
 
@@ -516,6 +513,7 @@ class Data:
         weights = np.stack([trajectory_weights(own, count, args.top_quantile) for own in returns.T])  # [N, trajectories]
         weights = np.repeat(weights, np.diff(data.episodes, axis=1)[:, 0], axis=1) * data.next_known  # [N, T]
         self.upto = torch.from_numpy(weights.cumsum(1)).to(device)
+        self.agents = torch.arange(n, device=device)[:, None]
         self.checksum = hashlib.sha256(data.episodes.tobytes() + data.returns.tobytes()).hexdigest()  # tells other data apart
 
     def draw(self, batch: int, generator: torch.Generator) -> Tensor:
@@ -525,8 +523,7 @@ class Data:
 
     def sample(self, index: Tensor) -> dict[str, Tensor]:
         """Batch by name: obs [N, B, O], next_obs, action [N, B, A], reward [N, B], terminated [N, B]."""
-        agent = torch.arange(len(index), device=index.device)[:, None]
-        parts = self.table[index, agent].split(list(self.widths.values()), -1)
+        parts = self.table[index, self.agents].split(list(self.widths.values()), -1)
         return {name: part.squeeze(-1) if name in ("reward", "terminated") else part for name, part in zip(self.widths, parts)}
 
 

@@ -117,6 +117,9 @@ class Spread(Paced, simple_spread.Scenario):
 class Choice(simple_spread.Scenario):
     """spread with six landmarks, of which three agents can cover any three. Not one of OMAR's, but by their rules. Observation [24].
 
+    Agents are slow: a force has a fifth of the effect that it has in spread, so that the way takes half of an episode, and who has
+    started for one landmark is late at another.
+
     The shift "fewer" takes three of them away in each episode. Where an agent saw one of these it now sees one of those left, each
     of which is then listed twice: what is observed keeps its size and its range.
     """
@@ -126,6 +129,8 @@ class Choice(simple_spread.Scenario):
     def make_world(self):
         world = legacy(super().make_world(N=6))
         world.agents = world.agents[:3]
+        for agent in world.agents:
+            agent.accel = 1.0
         return world
 
     def reset_world(self, world, np_random):

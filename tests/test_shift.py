@@ -57,6 +57,9 @@ def test_fewer_landmarks():
     kept = (before[:, 0, 4:16] == after[:, 0, 4:16]).reshape(200, 6, 2).all(-1)
     np.testing.assert_array_equal(kept, counts.T == 1)  # those left stay where they were
     for env, number in ((usual, 6), (vec, 3)):
+        env.world.agents[0].state.p_vel[:], env.world.agents[0].state.p_pos[:] = 0.0, 50.0
+        env.step(np.full((200, 3, 2), (1.0, 0.0), np.float32))
+        np.testing.assert_allclose(env.world.agents[0].state.p_vel[0], 0.1)  # a fifth of spread's
         for landmark, agent in zip(env.world.landmarks, [*env.world.agents, *env.world.agents]):
             landmark.state.p_pos[:] = 100.0
         for i, agent in enumerate(env.world.agents):
