@@ -129,7 +129,7 @@ class Args:
     """diffusion: the method; deterministic: no imitation, no noise, all else equal (the baseline, MA-CQL)"""
     network: Literal["unet", "mlp"] = "unet"
     """noise prediction: a residual U-Net with skips, or three layers"""
-    policy_hidden: int = 64
+    policy_hidden: int = 32
     """width H of each agent's network"""
     solver_steps: int = 5
     """K, steps from noise to action"""
@@ -177,7 +177,7 @@ PURSUIT = dict(gamma=0.9, q_weight=0.5, cql_weight=5.0, total_updates=6_000)
 TASKS = {"omar_simple_spread": dict(gamma=0.9), "omar_simple_tag": PURSUIT, "omar_simple_world": PURSUIT}
 SPLITS = {
     "omar_simple_spread": {
-        "random": dict(gamma=0.95, q_weight=30.0, cql_weight=0.5, total_updates=12_000, eval_every=1_000),
+        "random": dict(gamma=0.95, q_weight=30.0, cql_weight=0.5, total_updates=6_000, eval_every=1_000),
         "medium": dict(q_weight=4.0),
         "medium-expert": dict(q_weight=2.0, cql_weight=2.0),
         "expert": dict(q_weight=0.2, cql_weight=1.25),

@@ -32,7 +32,7 @@ from common.envs import SHIFTS, check_shift, make_env, make_vec
 
 RESULT = ROOT / "runs" / "results" / "offline"
 METHODS = {"dom2": "", "cloning": "--q-weight 0", "deterministic": "--policy deterministic"}
-LONGER = {"dom2": 1.0, "cloning": 2.0, "deterministic": 4.0}  # how many times as many updates take a method about the same time
+LONGER = {"dom2": 1.0, "cloning": 1.6, "deterministic": 3.0}  # how many times as many updates take a method about the same time
 FRESH = 10**6  # seed of the fresh episodes
 
 

@@ -48,37 +48,28 @@ class Options:
     """run nothing, show the best rows"""
 
 
-# First guesses by split.
-QUICK, SLOW = (
-    dict(gamma=0.9, policy_lr=1e-3, q_lr=3e-3, total_updates=2000),
-    dict(gamma=0.95, policy_lr=3e-4, q_lr=1e-3, total_updates=12_000),
-)
+# First guesses by split, from trials on simple_spread, where random data take longer: policies have to go far from them.
 GUESS = {
-    "random": SLOW | dict(q_weight=5.0, cql_weight=0.5),
-    "random-medium": QUICK | dict(q_weight=1.0, cql_weight=1.0),
-    "medium-replay": QUICK | dict(q_weight=1.0, cql_weight=1.0),
-    "medium": QUICK | dict(q_weight=1.0, cql_weight=1.0),
-    "medium-expert": QUICK | dict(q_weight=0.5, cql_weight=2.0),
-    "expert": QUICK | dict(q_weight=0.2, cql_weight=5.0),
+    "random": dict(gamma=0.95, q_weight=30.0, cql_weight=0.5, total_updates=6_000),
+    "random-medium": dict(gamma=0.9, q_weight=10.0, cql_weight=1.0, total_updates=2_000),
+    "medium-replay": dict(gamma=0.9, q_weight=10.0, cql_weight=1.0, total_updates=2_000),
+    "medium": dict(gamma=0.9, q_weight=4.0, cql_weight=1.0, total_updates=2_000),
+    "medium-expert": dict(gamma=0.9, q_weight=2.0, cql_weight=2.0, total_updates=2_000),
+    "expert": dict(gamma=0.9, q_weight=0.5, cql_weight=2.0, total_updates=2_000),
 }
-PURSUIT = {
-    "random-medium": 5.0,
-    "medium-replay": 5.0,
-    "medium": 5.0,
-    "medium-expert": 5.0,
-}  # zeta of tag and world, where less fails
+LONGER = 3_000  # updates on tag and world
 FACTOR = 4  # by which eta and zeta are changed
 
 
 def trials(dataset: str, network: str) -> list[dict]:
     """What to try on a data set."""
     task, _, split = dataset.partition("-")
-    base = GUESS[split] | dict(network=network, thresholds=3, top_quantile=0.98, seed=101)
+    base = GUESS[split] | dict(network=network, policy_lr=1e-3, q_lr=3e-3, thresholds=3, top_quantile=0.98, seed=101)
     if task != "omar_simple_spread":
-        base["cql_weight"] = PURSUIT.get(split, base["cql_weight"])
+        base["total_updates"] = LONGER
     changes = [{}, *({name: base[name] * f} for name in ("cql_weight", "q_weight") for f in (1 / FACTOR, FACTOR))]
-    changes += [dict(gamma=0.8), dict(gamma=0.95)] if split in ("medium", "expert") else []
-    changes += [dict(thresholds=0), dict(thresholds=8)] if split in ("random", "medium-replay") else []
+    changes += [dict(gamma=0.95)] if split == "medium" else [dict(gamma=0.9)] if split == "random" else []
+    changes += [dict(thresholds=8)] if split == "medium-replay" else []
     result = []
     for policy in ("diffusion", "deterministic"):
         for change in changes:

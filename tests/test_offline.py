@@ -75,7 +75,7 @@ def test_an_interrupted_run_is_gone_on_with_and_only_then_counts(tmp_path, monke
     assert offline.read(*job[:3]) == {} and not offline.find_run(*job[:4])
     offline.train(*job)
     first, second = commands
-    assert first[first.index("--total-updates") + 1] == "4000" and "--resume" not in first  # four times as many, in the same time
+    assert first[first.index("--total-updates") + 1] == "3000" and "--resume" not in first  # three times as many, in the same time
     assert second[-2] == "--resume" and second[-1].endswith("20260101-000000")
     assert offline.read(*job[:3]) == {2: 7.0} and "somebody" not in (offline.find_run(*job[:4]) / "config.json").read_text()
     offline.train(*job)
