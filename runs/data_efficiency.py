@@ -7,10 +7,7 @@ The share at which DOM2 passes what the baseline earns from all of the data is t
 the shares that were run. Picture: runs/results/data_efficiency.png.
 """
 
-import subprocess
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import offline
@@ -48,18 +45,7 @@ def passing(shares: list[float], means: list[float], level: float) -> float | No
 
 def main() -> None:
     options = tyro.cli(Options)
-    if options.datasets:
-        command = [
-            sys.executable,
-            str(Path(__file__).with_name("offline.py")),
-            "--datasets",
-            *options.datasets,
-            "--methods",
-            *METHODS,
-        ]
-        command += ["--fractions", *map(str, FRACTIONS), "--seeds", *map(str, options.seeds), "--jobs", str(options.jobs)]
-        if subprocess.run(command).returncode:
-            raise SystemExit(1)
+    offline.run(offline.Options(options.datasets, METHODS, options.seeds, FRACTIONS, jobs=options.jobs))
     curves = {}
     for dataset in sorted(path.name for path in offline.RESULT.glob("*")):
         for method in METHODS:

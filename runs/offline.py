@@ -165,8 +165,8 @@ def show() -> None:
             print(f"| {dataset.removeprefix('omar_')} | {fraction:.0%} | {data:.0f} | {cells} | {score} | {took} |")
 
 
-def main() -> None:
-    options = tyro.cli(Options)
+def run(options: Options) -> None:
+    """Trains and evaluates what is missing."""
     torch.set_num_threads(1)
     jobs = [
         (d, m, f, s, options.updates)
@@ -179,6 +179,10 @@ def main() -> None:
         dom2.open_data(dom2.preset(dataset))  # made here if missing, lest two runs make it at once
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
         list(pool.map(lambda job: train(*job), jobs))
+
+
+def main() -> None:
+    run(tyro.cli(Options))
     show()
 
 
