@@ -487,7 +487,8 @@ def trajectory_weights(returns: np.ndarray, count: int, top: float) -> np.ndarra
 
 
 class Data:
-    """A data set on the device: one row per transition and agent, of which a batch holds views by name.
+    """A data set on the device: one row per transition and agent, of which a batch holds views by name. Observations are in units of
+    their mean and standard deviation [deviation E8]: in a robot, velocities are ten times as large as angles.
 
     Each agent draws its own rows, by its own returns: row t of agent j is as likely as the weight of its trajectory, the step from
     `upto`[j, t - 1] to `upto`[j, t].
@@ -508,6 +509,12 @@ class Data:
                 ended,
             ]
             self.table[part] = torch.from_numpy(np.concatenate(columns, -1, dtype=np.float32)).to(device)
+        seen = self.table[..., :o], self.table[..., o : 2 * o]
+        std, self.obs_mean = torch.std_mean(seen[0], 0)  # [N, O]
+        self.obs_std = torch.where(std > 1e-3, std, 1.0)  # what never changes in the data must not explode elsewhere
+        for part in seen:
+            part.sub_(self.obs_mean).div_(self.obs_std)
+        self.reward = self.table[..., 2 * o + a].T  # [N, T]
         returns = np.add.reduceat(np.asarray(data.rewards, np.float64), data.episodes[:, 0])  # [trajectories, N]
         count = args.thresholds if args.reweight else 0
         weights = np.stack([trajectory_weights(own, count, args.top_quantile) for own in returns.T])  # [N, trajectories]
@@ -606,6 +613,9 @@ class DOM2(nn.Module):
         # The learning rates are tensors because a captured graph reads them from their place.
         rate = lambda lr: torch.tensor(lr, device=device)
         adam = lambda module, lr: torch.optim.Adam(module.parameters(), rate(lr), fused=True, capturable=device.type == "cuda")
+        # What an observation of 0 and of 1 means to the networks.
+        self.register_buffer("obs_mean", torch.zeros(masks[0].shape, device=device))  # [N, O]
+        self.register_buffer("obs_std", torch.ones(masks[0].shape, device=device))
         self.optimizers = {"policy": adam(self.policy, args.policy_lr), "critic": adam(self.critic, args.q_lr)}
         for optimizer in self.optimizers.values():  # its state must exist before a graph is captured
             for p in optimizer.param_groups[0]["params"]:
@@ -618,6 +628,13 @@ class DOM2(nn.Module):
         self.critic_loss, self.imitation_loss, self.value_loss = map(compiled, (critic_loss, imitation_loss, value_loss))
         self.chain = Captured(compiled(lambda obs, *noise: self.slow_policy(obs, *noise)))
 
+    def set_units(self, data: Data) -> None:
+        """Inputs and outputs of the networks count in the units of the data."""
+        self.obs_mean.copy_(data.obs_mean)
+        self.obs_std.copy_(data.obs_std)
+        for critic in (self.critic, self.slow_critic):
+            critic.set_units(data.reward, self.args.gamma)
+
     def tensors(self) -> list[Tensor]:
         """Everything that an update changes."""
         optimizers = [x for optimizer in self.optimizers.values() for state in optimizer.state.values() for x in state.values()]
@@ -626,7 +643,7 @@ class DOM2(nn.Module):
     @torch.no_grad()
     def act(self, obs: np.ndarray, generator: torch.Generator) -> np.ndarray:
         """Decentralised execution of the averaged policies, sampled: obs [E, N, O] -> action [E, N, A]."""
-        obs = torch.from_numpy(obs).to(self.device).transpose(0, 1)  # [N, E, O]
+        obs = ((torch.from_numpy(obs).to(self.device) - self.obs_mean) / self.obs_std).transpose(0, 1)  # [N, E, O]
         noise = self.policy.noise(obs.shape[1], generator)
         return self.chain(obs, *([] if noise is None else [noise])).transpose(0, 1).cpu().numpy()
 
@@ -779,8 +796,7 @@ def train(args: Args, saved: dict | None) -> None:
     eval_envs = make_vec(source.env_id, args.eval_episodes, args.observation, prey=args.prey)
     try:
         agent, data = DOM2(env, args, device), Data(source, env, args, device)
-        for critic in (agent.critic, agent.slow_critic):
-            critic.set_units(data.table[..., -2].T, args.gamma)
+        agent.set_units(data)
         learner = Learner(agent, data, args)
         seconds = estimate_seconds(learner, eval_envs, find_task(source.env_id).horizon)
     except (MemoryError, RuntimeError) as error:
@@ -803,7 +819,7 @@ def train(args: Args, saved: dict | None) -> None:
 # 6. Main: data, run directory, checkpoints, command line
 # ============================================================================================================================
 
-FORMAT = "dom2-2"  # of checkpoint.pt; raise it when a change makes older files unreadable
+FORMAT = "dom2-3"  # of checkpoint.pt; raise it when a change makes older files unreadable
 COLUMNS = ("step", "wall_time_s", "return_mean", "return_std", "episodes", "normalized_score")  # of eval.csv; a step is an update
 
 

@@ -117,8 +117,8 @@ class Spread(Paced, simple_spread.Scenario):
 class Choice(simple_spread.Scenario):
     """spread with six landmarks, of which three agents can cover any three. Not one of OMAR's, but by their rules. Observation [24].
 
-    Agents are slow: a force has a fifth of the effect that it has in spread, so that the way takes half of an episode, and who has
-    started for one landmark is late at another.
+    The landmarks stand on a ring of radius 0.6, 60 degrees apart, turned by up to 30 degrees either way; agents start in the middle, so
+    that they have several good ways to go, and are slow, 0.4 at most, so that the way takes half of an episode.
 
     The shift "fewer" takes three of them away in each episode. Where an agent saw one of these it now sees one of those left, each
     of which is then listed twice: what is observed keeps its size and its range.
@@ -130,11 +130,16 @@ class Choice(simple_spread.Scenario):
         world = legacy(super().make_world(N=6))
         world.agents = world.agents[:3]
         for agent in world.agents:
-            agent.accel = 1.0
+            agent.max_speed = 0.4
         return world
 
     def reset_world(self, world, np_random):
         super().reset_world(world, np_random)
+        angles = np.pi / 3 * (np.arange(6) + np_random.uniform(-0.5, 0.5))
+        for landmark, angle in zip(world.landmarks, angles):
+            landmark.state.p_pos = 0.6 * np.array([np.cos(angle), np.sin(angle)])
+        for agent in world.agents:
+            agent.state.p_pos = agent.state.p_pos * 0.3
         order = np_random.permutation(6) if self.shifted else np.arange(6)
         for left, gone in zip(order[:3], order[3:]):
             world.landmarks[left].counts, world.landmarks[gone].counts = 1.0, 1.0 - self.shifted

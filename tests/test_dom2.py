@@ -319,10 +319,23 @@ def test_a_batch_is_rows_of_the_data(folder):
     index = torch.tensor([[3, 1999, 14], [0, 7, 8], [5, 6, 21]])  # rows of each agent
     batch = table.sample(index)
     agent = np.arange(3)[:, None]
-    for name, source in (("obs", data.obs), ("next_obs", data.next_obs), ("action", data.actions)):
-        np.testing.assert_array_equal(batch[name].numpy(), np.asarray(source)[index.numpy(), agent])
+    for name, source in (("obs", data.obs), ("next_obs", data.next_obs)):  # in units of what the agent saw
+        seen = np.asarray(data.obs, np.float64)
+        std = np.where(seen.std(0) == 0, 1.0, seen.std(0))[agent]  # [3, 1, 18]: nobody speaks, so that four are always 0
+        want = (np.asarray(source)[index.numpy(), agent] - seen.mean(0)[agent]) / std
+        np.testing.assert_allclose(batch[name].numpy(), want, rtol=1e-3, atol=1e-4)
+    np.testing.assert_array_equal(batch["action"].numpy(), np.asarray(data.actions)[index.numpy(), agent])
     np.testing.assert_array_equal(batch["reward"].numpy(), np.asarray(data.rewards)[index.numpy(), agent])
     np.testing.assert_array_equal(batch["terminated"].numpy(), [[0, 0, 1], [1, 1, 0], [0, 0, 1]])
+
+    learner = dom2.DOM2(make_env("omar_simple_spread"), args(policy="deterministic"), torch.device("cpu"))
+    learner.set_units(table)
+    for critic in (learner.critic, learner.slow_critic):
+        assert critic.scale.flatten().tolist() == pytest.approx(np.std(data.rewards, 0).tolist(), rel=1e-3)
+    raw = np.stack([np.asarray(data.obs)[row] for row in (3, 1999)])  # [E, N, O]
+    with torch.no_grad():  # acting sees the same units
+        want = learner.slow_policy(table.sample(torch.tensor([[3, 1999]] * 3))["obs"]).transpose(0, 1)
+    np.testing.assert_allclose(learner.act(raw, torch.Generator()), want, rtol=1e-4, atol=1e-5)
 
 
 # --- the update ---
@@ -343,8 +356,7 @@ def test_agents_do_not_learn_from_each_other(policy, folder):
                 array[:, 2] = np.roll(array[:, 2], 5 * 25, 0) * 0.5
             data = dataclasses.replace(data, **arrays)
         table = dom2.Data(data, env, setting, torch.device("cpu"))
-        for critic in (learner.critic, learner.slow_critic):
-            critic.set_units(table.table[..., -2].T, setting.gamma)
+        learner.set_units(table)
         generator = torch.Generator().manual_seed(1)
         for _ in range(5):
             learner.update(table.sample(table.draw(32, generator)), *learner.draw(generator))
