@@ -145,6 +145,8 @@ class Args:
     """zeta, weight of the pessimism about actions outside the data"""
     cql_actions: int = 10
     """M, uniform actions per state in the CQL term"""
+    cql_own: bool = False
+    """the policies' own actions beside them, which the larger action spaces of robots need"""
 
     # --- speed ---
     q_rows: float = 0.5
@@ -171,7 +173,8 @@ LIMITS = {  # smallest and largest value allowed
 }  # fmt: skip
 # Presets: per task, and per split of its data. README.md says where they come from.
 ROBOT = dict(
-    gamma=0.99, tau=0.005, policy_lr=3e-4, q_lr=3e-4, total_updates=20_000, eval_every=2_000, eval_episodes=10, policy_hidden=128, critic_hidden=128
+    gamma=0.99, tau=0.005, q_lr=1e-3, total_updates=5_000, eval_every=1_000, eval_episodes=10, cql_own=True, cql_weight=5.0,
+    policy_hidden=64, critic_hidden=64,
 )  # fmt: skip
 PURSUIT = dict(gamma=0.9, q_weight=0.5, cql_weight=5.0, total_updates=6_000)
 TASKS = {"omar_simple_spread": dict(gamma=0.9), "omar_simple_tag": PURSUIT, "omar_simple_world": PURSUIT}
@@ -419,22 +422,25 @@ def critic_loss(critic: Critic, target: Critic, target_policy: nn.Module, batch:
     """sum_k E[(Q_k(o, a) - y)^2] + zeta E[logsumexp_M Q_k(o, a~) - Q_k(o, a)] [DOM2 critic], summed over agents.
 
     y = r + gamma (1 - terminated) min_k Q'_k(o', b'), b' from the averaged policy; a truncated step is not terminated. a~ are the
-    M uniform actions [M, N, rows, A] on the first `rows` of the batch [deviation E3]. Also returns how much Q varies over them [N],
-    which the policies' loss may need.
+    M uniform actions [M, N, rows, A] on the first `rows` of the batch [deviation E3], with `cql_own` one of the averaged policy too.
+    Also returns how much Q varies over the uniform ones [N], which the policies' loss may need.
     """
+    m, n, rows, a = uniform.shape
+    others = uniform.transpose(0, 1).reshape(n, m * rows, a)
     with torch.no_grad():
         next_action = target_policy(batch["next_obs"], noise)  # [N, B, A]
+        if args.cql_own:
+            own = target_policy(batch["obs"][:, :rows], None if noise is None else noise[:, :rows])
+            others = torch.cat([others, own], 1)
         next_value = target(batch["next_obs"], next_action).amin(0)  # [N, B]
         goal = batch["reward"] + args.gamma * (1 - batch["terminated"]) * next_value
     value = critic(batch["obs"], batch["action"])  # [Q, N, B]
     td = ((value - goal) ** 2).mean(-1).sum(0)  # [N]
-    m, n, rows, a = uniform.shape
-    actions = uniform.transpose(0, 1).reshape(n, m * rows, a)
-    other = critic(batch["obs"][:, :rows], actions).unflatten(2, (m, rows))  # [Q, N, M, rows]
+    other = critic(batch["obs"][:, :rows], others).unflatten(2, (-1, rows))  # [Q, N, M or M + 1, rows]
     gap = (other.logsumexp(2) - value[:, :, :rows]).mean(-1).sum(0)  # [N]
     loss = (td + args.cql_weight * gap).sum()
     with torch.no_grad():
-        spread = other[0].std(1).mean(-1)  # [N]
+        spread = other[0, :, :m].std(1).mean(-1)  # [N]
         logs = {
             "losses/critic": loss.detach(), "losses/td": td.mean(), "losses/cql": gap.mean(), "diag/value": value.mean(),
             "diag/critic_disagreement": (value[0] - value[1]).abs().mean(), "diag/value_spread": spread.mean(),

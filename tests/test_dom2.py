@@ -220,6 +220,16 @@ def test_the_cql_term_by_hand():
     assert loss.item() == pytest.approx(sum(np.mean([(k * 0.5) ** 2, (k * 0.9) ** 2]) for k in (2, 3)) + 2 * sum(gap), rel=1e-6)
     assert spread.item() == pytest.approx(np.std([-2, 0, 2], ddof=1))
 
+    def policy(obs, noise):
+        """0.25 where it was seen, with the noise of that row; -0.75 in what comes next."""
+        return torch.where(obs == 0, 0.25, -0.75) + (0 if noise is None else noise)
+
+    noise = torch.tensor([0.1, 7.0]).view(1, 2, 1)
+    batch["next_obs"] = batch["next_obs"] + 1
+    _, logs, same = dom2.critic_loss(critic, critic, policy, batch, noise, uniform, args(cql_weight=2.0, cql_own=True))
+    gap = [np.log(np.exp([-k, 0.0, k, 0.35 * k]).sum()) - 0.5 * k for k in (2, 3)]
+    assert logs["losses/cql"].item() == pytest.approx(sum(gap), rel=1e-5) and same == spread
+
 
 def test_several_actions_for_an_observation_are_valued_one_by_one():
     torch.manual_seed(0)
