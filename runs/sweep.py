@@ -1,6 +1,6 @@
 """The search behind the presets of dom2.py: short runs around a first guess, one value changed at a time.
 
-    python runs/sweep.py                                        # every data set of the particle tasks; about two hours on two cores
+    python runs/sweep.py                                        # every data set; about two hours on two cores
     python runs/sweep.py --datasets omar_simple_tag-expert      # one of them
     python runs/sweep.py --best                                 # only the table of what is best, from the rows there are
 
@@ -25,7 +25,7 @@ import tyro
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import dom2
-from common.datasets import SPLITS
+from common.datasets import SCORES, SPLITS
 
 RESULT = ROOT / "runs" / "results" / "dom2_sweep.csv"
 FLAGS = (
@@ -38,7 +38,7 @@ COLUMNS = ("dataset", *FLAGS, "return_mean", "return_std", "episodes", "seconds"
 class Options:
     """Which part of the search to run."""
 
-    datasets: tuple[str, ...] = tuple(f"omar_simple_{task}-{split}" for task in ("spread", "tag", "world") for split in SPLITS)
+    datasets: tuple[str, ...] = tuple(f"{env_id}-{split}" for env_id in SCORES for split in SPLITS)
     """data sets to search"""
     jobs: int = 2
     """runs side by side"""
@@ -58,6 +58,8 @@ GUESS = {
     "expert": dict(gamma=0.9, q_weight=0.5, cql_weight=2.0, total_updates=2_000),
 }
 LONGER = 3_000  # updates on tag and world
+ROBOT = dict(gamma=0.99, q_lr=1e-3, total_updates=2_000)  # HalfCheetah
+ROBOT_WEIGHTS = dict(zip(SPLITS, ((8.0, 2.0), (4.0, 8.0), (4.0, 8.0), (1.0, 8.0), (1.0, 8.0), (0.5, 8.0))))  # eta, zeta
 FACTOR = 4  # by which eta and zeta are changed
 
 
@@ -65,10 +67,13 @@ def trials(dataset: str, network: str) -> list[dict]:
     """What to try on a data set."""
     task, _, split = dataset.partition("-")
     base = GUESS[split] | dict(network=network, policy_lr=1e-3, q_lr=3e-3, thresholds=3, top_quantile=0.98, seed=101)
-    if task != "omar_simple_spread":
+    if "cheetah" in task:
+        base |= ROBOT | dict(zip(("q_weight", "cql_weight"), ROBOT_WEIGHTS[split]))
+    elif task != "omar_simple_spread":
         base["total_updates"] = LONGER
     changes = [{}, *({name: base[name] * f} for name in ("cql_weight", "q_weight") for f in (1 / FACTOR, FACTOR))]
-    changes += [dict(gamma=0.95)] if split == "medium" else [dict(gamma=0.9)] if split == "random" else []
+    if "cheetah" not in task:
+        changes += [dict(gamma=0.95)] if split == "medium" else [dict(gamma=0.9)] if split == "random" else []
     changes += [dict(thresholds=8)] if split == "medium-replay" else []
     result = []
     for policy in ("diffusion", "deterministic"):
@@ -99,7 +104,7 @@ def run(dataset: str, trial: dict) -> dict | str:
         flags += ["--no-reweight"]
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / "dom2.py"), "--dataset", dataset, *flags, "--device", "cpu", "--run-dir", folder]
-        command += ["--eval-every", str(trial["total_updates"]), "--eval-episodes", "400"]
+        command += ["--eval-every", str(trial["total_updates"]), "--eval-episodes", "20" if "cheetah" in dataset else "400"]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             return f"{' '.join(command)}\n{done.stderr}"
