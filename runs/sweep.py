@@ -24,6 +24,7 @@ import tyro
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+import assignments
 import dom2
 from common.datasets import SCORES, SPLITS
 
@@ -38,7 +39,7 @@ COLUMNS = ("dataset", *FLAGS, "return_mean", "return_std", "episodes", "seconds"
 class Options:
     """Which part of the search to run."""
 
-    datasets: tuple[str, ...] = tuple(f"{env_id}-{split}" for env_id in SCORES for split in SPLITS)
+    datasets: tuple[str, ...] = tuple(f"{env_id}-{split}" for env_id in SCORES for split in SPLITS) + (assignments.NAME,)
     """data sets to search"""
     jobs: int = 2
     """runs side by side"""
@@ -56,6 +57,7 @@ GUESS = {
     "medium": dict(gamma=0.9, q_weight=4.0, cql_weight=1.0, total_updates=2_000),
     "medium-expert": dict(gamma=0.9, q_weight=2.0, cql_weight=2.0, total_updates=2_000),
     "expert": dict(gamma=0.9, q_weight=0.5, cql_weight=2.0, total_updates=2_000),
+    "assignments": dict(gamma=0.9, q_weight=0.1, cql_weight=8.0, total_updates=4_000, thresholds=0),
 }
 LONGER = 3_000  # updates on tag and world
 ROBOT = dict(gamma=0.99, q_lr=1e-3, total_updates=2_000)  # HalfCheetah
@@ -66,10 +68,10 @@ FACTOR = 4  # by which eta and zeta are changed
 def trials(dataset: str, network: str) -> list[dict]:
     """What to try on a data set."""
     task, _, split = dataset.partition("-")
-    base = GUESS[split] | dict(network=network, policy_lr=1e-3, q_lr=3e-3, thresholds=3, top_quantile=0.98, seed=101)
+    base = dict(network=network, policy_lr=1e-3, q_lr=3e-3, thresholds=3, top_quantile=0.98, seed=101) | GUESS[split]
     if "cheetah" in task:
         base |= ROBOT | dict(zip(("q_weight", "cql_weight"), ROBOT_WEIGHTS[split]))
-    elif task != "omar_simple_spread":
+    elif task in ("omar_simple_tag", "omar_simple_world"):
         base["total_updates"] = LONGER
     changes = [{}, *({name: base[name] * f} for name in ("cql_weight", "q_weight") for f in (1 / FACTOR, FACTOR))]
     if "cheetah" not in task:
@@ -97,13 +99,22 @@ def rows() -> list[dict]:
     return list(csv.DictReader(RESULT.open())) if RESULT.exists() else []
 
 
+def make(dataset: str) -> None:
+    """The data, if they are missing."""
+    if dataset == assignments.NAME:
+        assignments.make_data()
+    else:
+        dom2.open_data(dom2.preset(dataset))
+
+
 def run(dataset: str, trial: dict) -> dict | str:
     """One run of dom2.py, as a user would start it: its row, or what went wrong."""
-    flags = [x for name, value in trial.items() if value != "" for x in ("--" + name.replace("_", "-"), str(value))]
+    flags = [*assignments.SOURCE] if dataset == assignments.NAME else ["--dataset", dataset]
+    flags += [x for name, value in trial.items() if value != "" for x in ("--" + name.replace("_", "-"), str(value))]
     if not trial["thresholds"]:
         flags += ["--no-reweight"]
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(ROOT / "dom2.py"), "--dataset", dataset, *flags, "--device", "cpu", "--run-dir", folder]
+        command = [sys.executable, str(ROOT / "dom2.py"), *flags, "--device", "cpu", "--run-dir", folder]
         command += ["--eval-every", str(trial["total_updates"]), "--eval-episodes", "20" if "cheetah" in dataset else "400"]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
@@ -132,7 +143,7 @@ def main() -> None:
     todo = [(d, t) for d in options.datasets for t in trials(d, options.network) if key(d, t) not in known]
     if not options.best:
         for dataset in dict.fromkeys(dataset for dataset, _ in todo):
-            dom2.open_data(dom2.preset(dataset))  # made here if missing, lest two runs make it at once
+            make(dataset)  # here, lest two runs make it at once
         os.environ["OMP_NUM_THREADS"] = "1"
         with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
             for future in concurrent.futures.as_completed([pool.submit(run, *item) for item in todo]):
