@@ -49,6 +49,12 @@ def test_fewer_landmarks():
     np.testing.assert_array_equal(
         np.delete(before, np.s_[4:16], 2), np.delete(after, np.s_[4:16], 2)
     )  # the agents start where they did
+    ring = before[:, 0, 4:16].reshape(200, 6, 2) + before[:, 0, None, 2:4]
+    np.testing.assert_allclose(np.linalg.norm(ring, axis=-1), 0.6, rtol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(ring - np.roll(ring, 1, 1), axis=-1), 0.6, rtol=1e-5)  # a hexagon
+    turned = np.arctan2(ring[:, 0, 1], ring[:, 0, 0])
+    assert abs(turned).max() <= np.pi / 6 and turned.min() < -0.4 and turned.max() > 0.4
+    assert 0.29 < abs(before[..., 2:4]).max() <= 0.3
     landmarks = after[:, 0, 4:16].reshape(200, 6, 2)
     same = (landmarks[:, :, None] == landmarks[:, None]).all(-1)
     assert (same.sum(2) == 2).all()  # each of three, twice
