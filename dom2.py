@@ -134,7 +134,7 @@ class Args:
     solver_steps: int = 5
     """K, steps from noise to action"""
     q_weight: float = 1.0
-    """eta, weight of the critic's gradient against imitation; 0: imitation only"""
+    """eta, weight of the critic's gradient against imitation; 0: imitation only. Deterministic policies, which do not imitate, have 1"""
     q_scale: Literal["spread", "mean"] = "spread"
     """what eta is measured in: how much Q varies over actions, or the mean of |Q| as in the paper"""
 
@@ -406,7 +406,7 @@ class Critic(nn.Module):
     def set_units(self, reward: Tensor, gamma: float) -> None:
         """From the rewards in the data [N, T]: what a policy with their mean is worth, and their spread in one step."""
         std, mean = torch.std_mean(reward, 1, keepdim=True)
-        self.shift.copy_(mean * min(1 / (1 - gamma), 1000.0) if gamma < 1 else mean * 1000.0)
+        self.shift.copy_(mean / max(1 - gamma, 1e-3))
         self.scale.copy_(std.clamp(min=1e-3))
 
 
@@ -430,6 +430,7 @@ def critic_loss(critic: Critic, target: Critic, target_policy: nn.Module, batch:
     with torch.no_grad():
         next_action = target_policy(batch["next_obs"], noise)  # [N, B, A]
         if args.cql_own:
+            # The same noise as above: the two terms are only added.
             own = target_policy(batch["obs"][:, :rows], None if noise is None else noise[:, :rows])
             others = torch.cat([others, own], 1)
         next_value = target(batch["next_obs"], next_action).amin(0)  # [N, B]
@@ -472,7 +473,8 @@ def value_loss(policy: nn.Module, critic: Critic, batch: dict[str, Tensor], nois
     if args.q_scale == "mean":
         with torch.no_grad():
             scale = critic(obs, batch["action"][:, :rows]).amin(0).abs().mean(-1)
-    loss = -(args.q_weight * value.mean(-1) / scale.clamp(min=1e-6)).sum()
+    eta = args.q_weight if args.policy == "diffusion" else 1.0  # another weight would only mean another bound on the gradient
+    loss = -(eta * value.mean(-1) / scale.clamp(min=1e-6)).sum()
     logs = {
         "losses/value": loss.detach(),
         "diag/policy_value": value.detach().mean(),
@@ -494,7 +496,7 @@ def trajectory_weights(returns: np.ndarray, count: int, top: float) -> np.ndarra
 
 class Data:
     """A data set on the device: one row per transition and agent, of which a batch holds views by name. Observations are in units of
-    their mean and standard deviation [deviation E8]: in a robot, velocities are ten times as large as angles.
+    their mean and standard deviation [deviation E8]: in a robot, velocities are twenty times as large as angles.
 
     Each agent draws its own rows, by its own returns: row t of agent j is as likely as the weight of its trajectory, the step from
     `upto`[j, t - 1] to `upto`[j, t].
@@ -515,10 +517,10 @@ class Data:
                 ended,
             ]
             self.table[part] = torch.from_numpy(np.concatenate(columns, -1, dtype=np.float32)).to(device)
-        seen = self.table[..., :o], self.table[..., o : 2 * o]
-        std, self.obs_mean = torch.std_mean(seen[0], 0)  # [N, O]
+        obs, next_obs = self.table[..., :o], self.table[..., o : 2 * o]
+        std, self.obs_mean = torch.std_mean(obs, 0)  # [N, O]
         self.obs_std = torch.where(std > 1e-3, std, 1.0)  # what never changes in the data must not explode elsewhere
-        for part in seen:
+        for part in (obs, next_obs):
             part.sub_(self.obs_mean).div_(self.obs_std)
         self.reward = self.table[..., 2 * o + a].T  # [N, T]
         returns = np.add.reduceat(np.asarray(data.rewards, np.float64), data.episodes[:, 0])  # [trajectories, N]
@@ -616,12 +618,12 @@ class DOM2(nn.Module):
             copy.deepcopy(self.policy).requires_grad_(False),
             copy.deepcopy(self.critic).requires_grad_(False),
         )
-        # The learning rates are tensors because a captured graph reads them from their place.
-        rate = lambda lr: torch.tensor(lr, device=device)
-        adam = lambda module, lr: torch.optim.Adam(module.parameters(), rate(lr), fused=True, capturable=device.type == "cuda")
         # What an observation of 0 and of 1 means to the networks.
         self.register_buffer("obs_mean", torch.zeros(masks[0].shape, device=device))  # [N, O]
         self.register_buffer("obs_std", torch.ones(masks[0].shape, device=device))
+        # The learning rates are tensors because a captured graph reads them from their place.
+        rate = lambda lr: torch.tensor(lr, device=device)
+        adam = lambda module, lr: torch.optim.Adam(module.parameters(), rate(lr), fused=True, capturable=device.type == "cuda")
         self.optimizers = {"policy": adam(self.policy, args.policy_lr), "critic": adam(self.critic, args.q_lr)}
         for optimizer in self.optimizers.values():  # its state must exist before a graph is captured
             for p in optimizer.param_groups[0]["params"]:
@@ -679,7 +681,7 @@ class DOM2(nn.Module):
         if eps is not None:
             loss, more = self.imitation_loss(self.policy, batch, t, eps)
             logs |= more
-        if args.q_weight or eps is None:
+        if args.q_weight or args.policy == "deterministic":
             value, more = self.value_loss(self.policy, self.critic, batch, noise, spread, args)
             loss, logs = loss + value, logs | more
         self._step("policy", self.policy, loss)
@@ -1193,7 +1195,7 @@ def validate(args: Args) -> None:
         if not low <= getattr(args, name) <= high:
             raise BadInput(f"{_flag(name)} {getattr(args, name)} is out of range: it must be at least {low} and at most {high}")
     if args.policy == "deterministic" and not args.q_weight:
-        raise BadInput("--policy deterministic with --q-weight 0 has nothing to learn from")
+        raise BadInput("--policy deterministic with --q-weight 0: it does not imitate, and would have nothing to learn from")
     if not args.evaluate:  # which needs no data
         try:
             env_id = find_env_id(args.dataset, args.env_id)

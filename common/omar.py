@@ -118,7 +118,8 @@ class Choice(simple_spread.Scenario):
     """spread with six landmarks, of which three agents can cover any three. Not one of OMAR's, but by their rules. Observation [24].
 
     The landmarks stand on a ring of radius 0.6, 60 degrees apart, turned by up to 30 degrees either way; agents start in the middle, so
-    that they have several good ways to go, and are slow, 0.4 at most, so that the way takes half of an episode.
+    that they have several good ways to go. They are small, lest contacts choose the way, and slow, 0.4 at most, so that it takes half of an
+    episode.
 
     The shift "fewer" takes three of them away in each episode. Where an agent saw one of these it now sees one of those left, each
     of which is then listed twice: what is observed keeps its size and its range.
@@ -130,7 +131,7 @@ class Choice(simple_spread.Scenario):
         world = legacy(super().make_world(N=6))
         world.agents = world.agents[:3]
         for agent in world.agents:
-            agent.max_speed = 0.4
+            agent.size, agent.max_speed = 0.05, 0.4
         return world
 
     def reset_world(self, world, np_random):

@@ -15,6 +15,7 @@ shifted) of every run, and paths.png.
 
 import concurrent.futures
 import itertools
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ TASK, NAME = "omar_simple_spread_6", "omar_simple_spread_6-assignments"
 DATA = ROOT / "datasets" / "data" / "simple_spread_6" / "assignments" / "seed_0_data"
 SOURCE = ["--dataset", str(DATA), "--env-id", TASK]
 RESULT = ROOT / "runs" / "results" / "assignments"
-# The best of runs/sweep.py --datasets omar_simple_spread_6-assignments, which gives DOM2 and the baseline five trials each.
+# From runs/sweep.py --datasets omar_simple_spread_6-assignments, which gives DOM2 and the baseline five trials each.
 COMMON, UPDATES = "--gamma 0.9 --no-reweight --eval-every 1000", 8_000
 OWN = {"dom2": "--q-weight 0.1 --cql-weight 8", "deterministic": "--cql-weight 8"}
 EPISODES, BEST, NOISE, KICKS = 20_000, 10, 0.1, 0.1
@@ -73,10 +74,20 @@ def script(obs: np.ndarray, chosen: np.ndarray) -> np.ndarray:
     return walk(obs, np.take_along_axis(places, chosen[..., None, None], 2)[:, :, 0])
 
 
+def begins_with(rows: dict[str, list[np.ndarray]]) -> bool:
+    """Whether the data on disk have this first step in every episode; not so if task or script were others when they were made."""
+    try:
+        return all(
+            np.array_equal(np.load(DATA / f"{name}_{i}.npy", mmap_mode="r")[::25], steps[0][:, i].astype(np.float32))
+            for name, steps in rows.items()
+            for i in range(3)
+        )
+    except (OSError, ValueError):
+        return False
+
+
 def make_data() -> None:
-    """One file per agent and quantity, in OMAR's layout."""
-    if DATA.is_dir():
-        return
+    """One file per agent and quantity, in OMAR's layout, unless they are there."""
     rng, envs = np.random.default_rng(0), make_vec(TASK, EPISODES)
     obs, _ = envs.reset(seed=1)
     rows = {name: [] for name in ("obs", "acs", "rews", "next_obs", "dones")}
@@ -90,12 +101,15 @@ def make_data() -> None:
         for name, value in zip(rows, (obs, action, info["agent_rewards"], next_obs, np.repeat(terminated[:, None], 3, 1))):
             rows[name].append(value)
         obs = next_obs
+        if not step and begins_with(rows):
+            return
     scratch = DATA.with_name(DATA.name + ".tmp")
     scratch.mkdir(parents=True, exist_ok=True)
     for name, steps in rows.items():
         whole = np.stack(steps, 1, dtype=np.float32)  # [episodes, 25, 3, ...]
         for i in range(3):
             np.save(scratch / f"{name}_{i}.npy", whole[:, :, i].reshape(EPISODES * 25, *whole.shape[3:]))
+    shutil.rmtree(DATA, ignore_errors=True)
     scratch.rename(DATA)
     print(f"data      {DATA}: return {info['episode']['r'].mean():.1f} ± {info['episode']['r'].std():.1f}", flush=True)
 

@@ -4,8 +4,9 @@
     python runs/offline.py --datasets omar_simple_spread-expert --fractions 0.05   # from 5 % of the episodes
     python runs/offline.py                                                         # only the table of everything there is
 
-Every run has the preset of its data set. DOM2 makes the preset's number of updates; the others, whose updates are cheaper, make so
-many more (`LONGER`) that they take about as long: the table has the minutes of each. A run's last policy
+Every run has the preset of its data set, the baseline what the same search (runs/sweep.py) found best for it (`BASELINE`). DOM2 makes the
+preset's number of updates; the others, whose updates are cheaper, make so many more (`LONGER`) that they take about as long: the table has
+the minutes of each. Imitation trains its critics too, for nothing. A run's last policy
 is then evaluated over 1000 episodes (50 of HalfCheetah) whose seed no run and no search used: fresh.csv in the run's folder, one row
 for the usual environment and one for each of its shifts. Everything is kept in runs/results/offline/<data set>/<method>[-<percent>]/;
 an interrupted run is gone on with.
@@ -33,6 +34,7 @@ from common.envs import SHIFTS, check_shift, make_env, make_vec
 RESULT = ROOT / "runs" / "results" / "offline"
 METHODS = {"dom2": "", "cloning": "--q-weight 0", "deterministic": "--policy deterministic"}
 LONGER = {"dom2": 1.0, "cloning": 1.6, "deterministic": 3.0}  # how many times as many updates take a method about the same time
+BASELINE: dict[str, str] = {}  # where not the preset is best for the deterministic policies
 FRESH = 10**6  # seed of the fresh episodes
 
 
@@ -66,8 +68,11 @@ def find_run(dataset: str, method: str, fraction: float, seed: int) -> Path | No
 def train(dataset: str, method: str, fraction: float, seed: int, updates: int) -> None:
     """One run, unless it is there already."""
     if not find_run(dataset, method, fraction, seed):
-        count = round(LONGER[method] * (updates or dom2.preset(dataset).total_updates))
-        flags = ["--dataset", dataset, *METHODS[method].split(), "--data-fraction", str(fraction), "--total-updates", str(count)]
+        preset = dom2.preset(dataset)
+        count, every = (round(LONGER[method] * x) for x in (updates or preset.total_updates, preset.eval_every))
+        own = BASELINE.get(dataset, "") if method == "deterministic" else ""
+        flags = ["--dataset", dataset, *METHODS[method].split(), *own.split(), "--data-fraction", str(fraction)]
+        flags += ["--total-updates", str(count), "--eval-every", str(every)]
         complete(folder(dataset, method, fraction), seed, flags)
 
 

@@ -5,7 +5,7 @@
     python runs/sweep.py --best                                 # only the table of what is best, from the rows there are
 
 Each row of runs/results/dom2_sweep.csv is one run: what was set, and the return of its last policy on 400 episodes. Rows that are there
-are not run again. The runs' seed is 101, so that neither their batches nor the start states of their evaluations are those of the
+are not run again, whatever the revision they were made at: what is not a column, such as widths, is the preset's of that revision. The runs' seed is 101, so that neither their batches nor the start states of their evaluations are those of the
 results shown in README.md (seeds 1 to 3). Diffusion policies and the deterministic baseline get equally many trials: where eta is changed
 for the one, which the other does not know, the other's learning rate of the policies is. One seed each: differences of less than
 about ten in the return of spread are noise, and the best of several is a little lucky.
@@ -13,6 +13,7 @@ about ten in the return of spread are noise, and the best of several is a little
 
 import concurrent.futures
 import csv
+import json
 import os
 import subprocess
 import sys
@@ -32,7 +33,7 @@ RESULT = ROOT / "runs" / "results" / "dom2_sweep.csv"
 FLAGS = (
     "policy", "network", "gamma", "q_weight", "cql_weight", "thresholds", "top_quantile", "policy_lr", "q_lr", "total_updates", "seed",
 )  # fmt: skip
-COLUMNS = ("dataset", *FLAGS, "return_mean", "return_std", "episodes", "seconds")
+COLUMNS = ("dataset", *FLAGS, "return_mean", "return_std", "episodes", "seconds", "git_revision")
 
 
 @dataclass(frozen=True)
@@ -120,8 +121,11 @@ def run(dataset: str, trial: dict) -> dict | str:
         if done.returncode:
             return f"{' '.join(command)}\n{done.stderr}"
         last = list(csv.DictReader(next(Path(folder).glob("*/eval.csv")).open()))[-1]
+        revision = json.loads(next(Path(folder).glob("*/config.json")).read_text())["git_revision"]
     found = dict(return_mean=round(float(last["return_mean"]), 2), return_std=round(float(last["return_std"]), 2))
-    return dict(dataset=dataset) | trial | found | dict(episodes=last["episodes"], seconds=last["wall_time_s"])
+    return (
+        dict(dataset=dataset) | trial | found | dict(episodes=last["episodes"], seconds=last["wall_time_s"], git_revision=revision)
+    )
 
 
 def show_best() -> None:
@@ -133,7 +137,7 @@ def show_best() -> None:
     for (dataset, policy), found in table.items():
         best = max(found, key=lambda row: float(row["return_mean"]))
         error = float(best["return_std"]) / float(best["episodes"]) ** 0.5
-        settings = ", ".join(f"{name} {best[name]}" for name in ("gamma", "q_weight", "cql_weight", "thresholds", "total_updates"))
+        settings = ", ".join(f"{name} {best[name]}" for name in ("gamma", "q_weight", "cql_weight", "thresholds", "policy_lr"))
         print(f"{dataset:30s} | {policy:13s} | {len(found):6d} | {float(best['return_mean']):6.1f} ± {error:.1f} | {settings}")
 
 

@@ -8,6 +8,7 @@ import math
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import collect
 import numpy as np
@@ -231,6 +232,39 @@ def test_the_cql_term_by_hand():
     assert logs["losses/cql"].item() == pytest.approx(sum(gap), rel=1e-5) and same == spread
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_the_cql_term_action_by_action(own):
+    """Two agents, three rows of which two are used, a target that is another network: against a loop over actions."""
+    env = SimpleNamespace(obs_mask=np.ones((2, 4), bool), action_mask=np.ones((2, 2), bool), num_agents=2)
+    torch.manual_seed(0)
+    learner = dom2.DOM2(env, args(policy="deterministic", cql_own=own, cql_weight=3.0), torch.device("cpu"))
+    torch.nn.init.normal_(learner.slow_critic.out.weight)
+    torch.nn.init.normal_(learner.slow_policy.out.weight)
+    random = lambda *shape: torch.randn(shape)
+    batch = dict(
+        obs=random(2, 3, 4), next_obs=random(2, 3, 4), action=random(2, 3, 2), reward=random(2, 3), terminated=random(2, 3)
+    )
+    uniform = random(5, 2, 2, 2)  # [M, N, rows, A]
+    loss, logs, spread = dom2.critic_loss(
+        learner.critic, learner.slow_critic, learner.slow_policy, batch, None, uniform, learner.args
+    )
+    obs = batch["obs"][:, :2]
+    values = torch.stack([learner.critic(obs, actions) for actions in uniform])  # [M, Q, N, rows]
+    torch.testing.assert_close(spread, values[:, 0].std(0).mean(-1))
+    if own:
+        values = torch.cat([values, learner.critic(obs, learner.slow_policy(obs))[None]])
+    gap = (values.logsumexp(0) - learner.critic(obs, batch["action"][:, :2])).mean(-1).sum(0)  # [N]
+    torch.testing.assert_close(logs["losses/cql"], gap.mean())
+    parameters = list(learner.critic.parameters())
+    td = loss - 3.0 * gap.sum()  # what is left must not depend on the actions of the CQL term
+    next_value = learner.slow_critic(batch["next_obs"], learner.slow_policy(batch["next_obs"])).amin(0)
+    goal = (batch["reward"] + learner.args.gamma * (1 - batch["terminated"]) * next_value).detach()
+    want = ((learner.critic(batch["obs"], batch["action"]) - goal) ** 2).mean(-1).sum()
+    torch.testing.assert_close(td, want)
+    for a, b in zip(torch.autograd.grad(loss, parameters), torch.autograd.grad(want + 3.0 * gap.sum(), parameters)):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
 def test_several_actions_for_an_observation_are_valued_one_by_one():
     torch.manual_seed(0)
     critic = dom2.DOM2(make_env("omar_simple_spread"), args(), torch.device("cpu")).critic
@@ -251,7 +285,7 @@ def test_critics_start_where_the_data_are():
     critic.set_units(torch.tensor([[3.0, 5.0, 7.0]]), 0.9)
     torch.testing.assert_close(critic(torch.zeros(1, 5, 1), torch.ones(1, 5, 1)), 50 + before * 2)
     critic.set_units(torch.tensor([[3.0, 3.0]]), 1.0)  # no division by zero
-    assert critic.shift.item() == 3000 and critic.scale.item() == pytest.approx(1e-3)
+    assert critic.shift.item() == pytest.approx(3000) and critic.scale.item() == pytest.approx(1e-3)
 
 
 def test_cql_is_pessimistic_outside_the_data_and_keeps_the_ranking_inside():
@@ -283,6 +317,9 @@ def test_the_value_loss_by_hand(form, scale):
     assert loss.item() == pytest.approx(-3 * (4 * 0.5 - 6) / scale) and seen == [1]
     loss.backward()
     assert action.grad.flatten().tolist() == pytest.approx([-3 * 4 / scale, 0.0])
+    baseline = args(policy="deterministic", q_scale=form, q_weight=3.0, q_rows=0.5)  # has nothing to weigh the critic against
+    again, _ = dom2.value_loss(policy, critic, batch, None, torch.tensor([7.0]), baseline)
+    assert again.item() == pytest.approx(loss.item() / 3)
 
 
 # --- reweighting ---
@@ -380,7 +417,8 @@ def test_agents_do_not_learn_from_each_other(policy, folder):
 
 
 @pytest.mark.parametrize(
-    "values", [dict(), dict(policy="deterministic"), dict(q_weight=0.0), dict(network="unet"), dict(q_scale="mean")]
+    "values",
+    [dict(), dict(policy="deterministic"), dict(q_weight=0.0), dict(network="unet"), dict(q_scale="mean"), dict(cql_own=True)],
 )
 def test_an_update_moves_everything_that_learns(values, folder):
     env, setting = make_env("omar_simple_spread"), args(batch_size=32, **values)

@@ -65,7 +65,14 @@ def draws(learner, policies=True):
 VARIANTS = [dict(), dict(policy="gaussian"), dict(target_networks=True), dict(autotune=False)]
 VARIANTS += [
     dict(program=dom2, **x)
-    for x in (dict(), dict(network="mlp"), dict(policy="deterministic"), dict(q_weight=0.0), dict(q_scale="mean"))
+    for x in (
+        dict(),
+        dict(network="mlp"),
+        dict(policy="deterministic"),
+        dict(q_weight=0.0),
+        dict(q_scale="mean"),
+        dict(cql_own=True),
+    )
 ]
 
 
