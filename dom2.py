@@ -115,7 +115,7 @@ class Args:
     """discount factor"""
     tau: float = 0.01
     """averaging rate of the target policies and critics; the averaged policies act"""
-    policy_lr: float = 1e-3
+    policy_lr: float = 3e-3
     """learning rate of the policies"""
     q_lr: float = 3e-3
     """learning rate of the critics"""
@@ -284,13 +284,14 @@ class DiffusionPolicy(nn.Module):
     def __init__(self, obs_mask: Tensor, action_mask: Tensor, args: Args):
         super().__init__()
         n, o = obs_mask.shape
-        a, hidden, embed = action_mask.shape[1], args.policy_hidden, 32
-        joined = max(64, hidden // 4)  # width at which observation and time meet
+        a, hidden, wave = action_mask.shape[1], args.policy_hidden, 32
+        seen, joined = max(128, hidden), max(64, hidden // 4)  # widths of what sees, once for all steps, and of where time joins it
         self.register_buffer("obs_mask", obs_mask.float()[:, None], persistent=False)  # [N, 1, O]
         self.register_buffer("action_mask", action_mask.float()[:, None], persistent=False)  # [N, 1, A]
-        self.register_buffer("frequency", torch.randn(embed // 2) * 16, persistent=True)
-        self.obs, self.time = ParallelLinear(n, o, embed, obs_mask.sum(1)), ParallelLinear(n, embed, embed)
-        self.join_obs, self.join_time = ParallelLinear(n, embed, joined), ParallelLinear(n, embed, joined)
+        self.register_buffer("frequency", torch.randn(wave // 2) * 16, persistent=True)
+        self.obs1, self.obs2 = ParallelLinear(n, o, seen, obs_mask.sum(1)), ParallelLinear(n, seen, seen)
+        self.time = ParallelLinear(n, wave, wave)
+        self.join_obs, self.join_time = ParallelLinear(n, seen, joined), ParallelLinear(n, wave, joined)
         self.network = (UNet if args.network == "unet" else MLP)(n, a, hidden)
         self.tell = ParallelLinear(n, joined, sum(self.network.widths))
         self.set_steps(args.solver_steps)
@@ -320,7 +321,7 @@ class DiffusionPolicy(nn.Module):
         angle = 2 * math.pi * t[..., None] * self.frequency  # [K, B or 1, 16]
         wave = torch.cat([angle.sin(), angle.cos()], -1).flatten(0, 1).expand(n, -1, -1)  # [N, K * (B or 1), 32]
         time = self.join_time(F.silu(self.time(wave))).unflatten(1, (k, -1))  # [N, K, B or 1, 64]
-        seen = self.join_obs(F.silu(self.obs(obs * self.obs_mask)))  # [N, B, 64]
+        seen = self.join_obs(F.silu(self.obs2(F.silu(self.obs1(obs * self.obs_mask)))))  # [N, B, 64]
         both = F.silu(seen[:, None] + time).flatten(1, 2)  # [N, K * B, 64]
         return self.tell(both).view(n, k, b, -1)
 
@@ -328,7 +329,7 @@ class DiffusionPolicy(nn.Module):
         """The noise in x [N, B, A] at the time of `alpha`, `sigma` and `condition` [N, B, C].
 
         eps = sigma_t x + alpha_t network(x, o, t) [deviation E6]: nearly all of x is noise at t = 1, and an error of the network there,
-        where the solver divides by alpha = 0.007, must not count 150 times.
+        where the solver divides by alpha = 0.007, must not count 150 times. An error of the network is one of the action by sigma_t.
         """
         return (sigma * x + alpha * self.network(x, condition)) * self.action_mask
 
@@ -355,7 +356,7 @@ class DeterministicPolicy(nn.Module):
     def __init__(self, obs_mask: Tensor, action_mask: Tensor, args: Args):
         super().__init__()
         n, o = obs_mask.shape
-        a, hidden = action_mask.shape[1], args.policy_hidden
+        a, hidden = action_mask.shape[1], max(128, args.policy_hidden)  # as wide as what sees in the other
         self.register_buffer("obs_mask", obs_mask.float(), persistent=False)
         self.register_buffer("action_mask", action_mask.float()[:, None], persistent=False)  # [N, 1, A]
         self.layer1, self.layer2 = ParallelLinear(n, o, hidden, obs_mask.sum(1)), ParallelLinear(n, hidden, hidden)
@@ -450,11 +451,15 @@ def critic_loss(critic: Critic, target: Critic, target_policy: nn.Module, batch:
 
 
 def imitation_loss(policy: DiffusionPolicy, batch: dict[str, Tensor], t: Tensor, eps: Tensor) -> tuple[Tensor, Logs]:
-    """E || eps - eps_theta(alpha_t a + sigma_t eps, o, t) ||^2, summed over agents [DOM2 imitation]. t [1, B], eps [N, B, A]."""
+    """E || (eps - eps_theta(alpha_t a + sigma_t eps, o, t)) / alpha_t ||^2, summed over agents [DOM2 imitation]. t [1, B], eps [N, B, A].
+
+    Divided by alpha_t [deviation E6], so that the network's errors count alike at all times. Otherwise those times hardly count at which
+    little of the action is left in x, and it has to be inferred from the observation.
+    """
     alpha, sigma = policy.scales(t[..., None])  # [1, B, 1]
     condition = policy.condition(batch["obs"], t).squeeze(1)  # [N, B, C]
     predicted = policy.predict(alpha * batch["action"] + sigma * eps, condition, alpha, sigma)
-    loss = ((eps * policy.action_mask - predicted) ** 2).sum(-1).mean(1).sum()
+    loss = (((eps * policy.action_mask - predicted) / alpha) ** 2).sum(-1).mean(1).sum()
     return loss, {"losses/imitation": loss.detach()}
 
 

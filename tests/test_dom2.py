@@ -132,7 +132,7 @@ def test_conditions_of_all_steps_at_once_are_those_of_each(network):
         scales = policy.scales(t)
         torch.testing.assert_close(policy.predict(x, alone, *scales), scales[1] * x + scales[0] * policy.network(x, alone))
     first = policy.predict(x, together[:, 0], *policy.scales(times[0]))
-    assert (first - x).abs().max() < 0.05
+    assert (first - x).abs().max() < 0.1
 
 
 def fit(learner, actions, updates, critic=None, obs=None):
@@ -155,6 +155,23 @@ def fit(learner, actions, updates, critic=None, obs=None):
         decay.step()
     with torch.no_grad():
         return learner.policy(torch.zeros(1, 4000, 1), learner.policy.noise(4000, generator)).flatten().numpy()
+
+
+def test_the_imitation_loss_by_hand():
+    """|| alpha eps - sigma a - network ||^2: the error of the noise over alpha; agents are added, and padding does not count."""
+    masks = np.ones((2, 4), bool), np.array([[True, True], [True, False]])
+    torch.manual_seed(0)
+    policy = dom2.DOM2(SimpleNamespace(obs_mask=masks[0], action_mask=masks[1]), args(), torch.device("cpu")).policy
+    batch = dict(obs=torch.randn(2, 5, 4), action=torch.rand(2, 5, 2) * 2 - 1)
+    batch["action"][1, :, 1] = 0.0
+    t, eps = torch.rand(1, 5), torch.randn(2, 5, 2)
+    loss, _ = dom2.imitation_loss(policy, batch, t, eps)
+    alpha, sigma = policy.scales(t[..., None])
+    x = alpha * batch["action"] + sigma * eps
+    output = policy.network(x, policy.condition(batch["obs"], t)[:, 0])
+    error = (alpha * eps - sigma * batch["action"] - output) ** 2 * torch.from_numpy(masks[1])[:, None]
+    want = error[0].sum(-1).mean() + error[1, :, 0].mean()
+    torch.testing.assert_close(loss, want, rtol=1e-4, atol=1e-4)
 
 
 TWO_MODES = np.concatenate([np.full(500, -0.6), np.full(500, 0.6)]) + np.random.default_rng(0).normal(0, 0.05, 1000)
