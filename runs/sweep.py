@@ -6,8 +6,8 @@
 
 Each row of runs/results/dom2_sweep.csv is one run: what was set, and the return of its last policy on 400 episodes. Rows that are there
 are not run again, whatever the revision they were made at: what is not a column, such as widths, is the preset's of that revision. The runs' seed is 101, so that neither their batches nor the start states of their evaluations are those of the
-results shown in README.md (seeds 1 to 3). Diffusion policies and the deterministic baseline get equally many trials: where eta is changed
-for the one, which the other does not know, the other's learning rate of the policies is. One seed each: differences of less than
+results shown in README.md (seeds 1 to 3). Diffusion policies and the deterministic baseline get equally many trials of equal time: where eta is
+changed for the one, which the other does not know, the other's learning rate of the policies is. One seed each: differences of less than
 about ten in the return of spread are noise, and the best of several is a little lucky.
 """
 
@@ -27,6 +27,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import assignments
 import dom2
+import offline
 from common.datasets import SCORES, SPLITS
 
 RESULT = ROOT / "runs" / "results" / "dom2_sweep.csv"
@@ -50,34 +51,34 @@ class Options:
     """run nothing, show the best rows"""
 
 
-# First guesses by split, from trials on simple_spread, where random data take longer: policies have to go far from them.
+# First guesses, from trials: eta and zeta by split, the discount and the length by task.
 GUESS = {
-    "random": dict(gamma=0.95, q_weight=30.0, cql_weight=0.5, total_updates=6_000),
-    "random-medium": dict(gamma=0.9, q_weight=10.0, cql_weight=1.0, total_updates=2_000),
-    "medium-replay": dict(gamma=0.9, q_weight=10.0, cql_weight=1.0, total_updates=2_000),
-    "medium": dict(gamma=0.9, q_weight=4.0, cql_weight=1.0, total_updates=2_000),
-    "medium-expert": dict(gamma=0.9, q_weight=2.0, cql_weight=2.0, total_updates=2_000),
-    "expert": dict(gamma=0.9, q_weight=0.5, cql_weight=2.0, total_updates=2_000),
-    "assignments": dict(gamma=0.9, q_weight=0.1, cql_weight=8.0, total_updates=4_000, thresholds=0),
+    "omar_simple_spread": ((30.0, 0.5), (10.0, 1.0), (10.0, 1.0), (8.0, 1.0), (2.0, 2.0), (1.0, 2.0)),
+    "omar_simple_tag": ((4.0, 1.0), (0.4, 4.0), (0.4, 4.0), (0.2, 4.0), (0.1, 4.0), (0.05, 4.0)),
+    "omar_simple_world": ((4.0, 1.0), (0.4, 4.0), (0.4, 4.0), (0.2, 4.0), (0.1, 4.0), (0.05, 4.0)),
+    "omar_halfcheetah_2x3": ((8.0, 2.0), (4.0, 8.0), (4.0, 8.0), (1.0, 8.0), (1.0, 8.0), (0.5, 8.0)),
 }
-PURSUIT = dict(cql_weight=4.0, total_updates=3_000)  # tag and world, where a first search around zeta 1 found more to be better
-ROBOT = dict(gamma=0.99, q_lr=1e-3, total_updates=2_000)  # HalfCheetah
-ROBOT_WEIGHTS = dict(zip(SPLITS, ((8.0, 2.0), (4.0, 8.0), (4.0, 8.0), (1.0, 8.0), (1.0, 8.0), (0.5, 8.0))))  # eta, zeta
+PARTICLES, ROBOT = dict(gamma=0.9, q_lr=3e-3, total_updates=2_000), dict(gamma=0.99, q_lr=1e-3, total_updates=2_000)
+RANDOM = dict(gamma=0.95, total_updates=5_000)  # of spread, where policies have to go far from the data
+ASSIGNMENTS = dict(q_weight=0.1, cql_weight=8.0, total_updates=4_000, thresholds=0)
 FACTOR = 4  # by which eta and zeta are changed
 
 
 def trials(dataset: str, network: str) -> list[dict]:
     """What to try on a data set."""
     task, _, split = dataset.partition("-")
-    base = dict(network=network, policy_lr=1e-3, q_lr=3e-3, thresholds=3, top_quantile=0.98, seed=101) | GUESS[split]
-    if "cheetah" in task:
-        base |= ROBOT | dict(zip(("q_weight", "cql_weight"), ROBOT_WEIGHTS[split]))
-    elif task in ("omar_simple_tag", "omar_simple_world"):
-        base |= dict(total_updates=3_000) if split == "random" else PURSUIT
+    base = dict(network=network, policy_lr=3e-3, thresholds=3, top_quantile=0.98, seed=101)
+    base |= ROBOT if "cheetah" in task else PARTICLES
+    if dataset == assignments.NAME:
+        base |= ASSIGNMENTS
+    else:
+        base |= dict(zip(("q_weight", "cql_weight"), GUESS[task][SPLITS.index(split)]))
+    base |= RANDOM if dataset == "omar_simple_spread-random" else {}
     changes = [{}, *({name: base[name] * f} for name in ("cql_weight", "q_weight") for f in (1 / FACTOR, FACTOR))]
-    if "cheetah" not in task:
-        changes += [dict(gamma=0.95)] if split == "medium" else [dict(gamma=0.9)] if split == "random" else []
-    changes += [dict(thresholds=8)] if split == "medium-replay" else []
+    if split == "medium" and "cheetah" not in task:
+        changes += [dict(gamma=0.95)]
+    if split == "medium-replay":
+        changes += [dict(thresholds=8)]
     result = []
     for policy in ("diffusion", "deterministic"):
         for change in changes:
@@ -86,7 +87,8 @@ def trials(dataset: str, network: str) -> list[dict]:
                 rate = base["policy_lr"] * {base["q_weight"] / FACTOR: 1 / 3, base["q_weight"] * FACTOR: 3}.get(
                     trial["q_weight"], 1
                 )
-                trial |= dict(network="", q_weight=1.0, policy_lr=rate)
+                count = round(offline.LONGER["deterministic"] * base["total_updates"])  # in the same time, as in the results
+                trial |= dict(network="", q_weight=1.0, policy_lr=rate, total_updates=count)
             if trial not in result:
                 result.append(trial)
     return result
