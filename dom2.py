@@ -173,18 +173,30 @@ LIMITS = {  # smallest and largest value allowed
 }  # fmt: skip
 # Presets: per task, and per split of its data. README.md says where they come from.
 ROBOT = dict(
-    gamma=0.99, tau=0.005, q_lr=1e-3, total_updates=5_000, eval_every=1_000, eval_episodes=10, cql_own=True, cql_weight=5.0,
+    gamma=0.99, tau=0.005, policy_lr=1e-3, q_lr=1e-3, total_updates=3_000, eval_episodes=10, cql_own=True, cql_weight=20.0,
     policy_hidden=64, critic_hidden=64,
 )  # fmt: skip
-PURSUIT = dict(gamma=0.9, q_weight=0.5, cql_weight=5.0, total_updates=6_000)
-TASKS = {"omar_simple_spread": dict(gamma=0.9), "omar_simple_tag": PURSUIT, "omar_simple_world": PURSUIT}
+PARTICLES = dict(gamma=0.9)
+TASKS = {"omar_simple_spread": PARTICLES, "omar_simple_tag": PARTICLES, "omar_simple_world": PARTICLES}
+PURSUIT = {
+    "random": dict(q_weight=4.0),
+    "random-medium": dict(q_weight=0.4, cql_weight=4.0),
+    "medium-replay": dict(q_weight=0.4, cql_weight=4.0),
+    "medium": dict(q_weight=0.2, cql_weight=4.0),
+    "medium-expert": dict(q_weight=0.1, cql_weight=4.0),
+    "expert": dict(q_weight=0.05, cql_weight=4.0),
+}
 SPLITS = {
     "omar_simple_spread": {
-        "random": dict(gamma=0.95, q_weight=30.0, cql_weight=0.5, total_updates=6_000, eval_every=1_000),
-        "medium": dict(q_weight=4.0),
+        "random": dict(gamma=0.95, q_weight=30.0, cql_weight=0.5, total_updates=8_000, eval_every=1_000),
+        "random-medium": dict(q_weight=10.0),
+        "medium-replay": dict(q_weight=10.0),
+        "medium": dict(q_weight=8.0),
         "medium-expert": dict(q_weight=2.0, cql_weight=2.0),
-        "expert": dict(q_weight=0.2, cql_weight=1.25),
+        "expert": dict(q_weight=1.0, cql_weight=2.0),
     },
+    "omar_simple_tag": PURSUIT,
+    "omar_simple_world": PURSUIT,
 }
 
 
