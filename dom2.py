@@ -115,7 +115,7 @@ class Args:
     """discount factor"""
     tau: float = 0.01
     """averaging rate of the target policies and critics; the averaged policies act"""
-    policy_lr: float = 3e-3
+    policy_lr: float = 1e-3
     """learning rate of the policies"""
     q_lr: float = 3e-3
     """learning rate of the critics"""
@@ -173,11 +173,11 @@ LIMITS = {  # smallest and largest value allowed
 }  # fmt: skip
 # Presets: per task, and per split of its data. README.md says where they come from.
 ROBOT = dict(
-    gamma=0.99, tau=0.005, policy_lr=1e-3, q_lr=1e-3, total_updates=3_000, eval_episodes=10, cql_own=True, cql_weight=20.0,
+    gamma=0.99, tau=0.005, q_lr=1e-3, total_updates=3_000, eval_episodes=10, cql_own=True, cql_weight=20.0,
     policy_hidden=64, critic_hidden=64,
 )  # fmt: skip
-PARTICLES = dict(gamma=0.9)
-TASKS = {"omar_simple_spread": PARTICLES, "omar_simple_tag": PARTICLES, "omar_simple_world": PARTICLES}
+CHASE = dict(gamma=0.9, policy_lr=3e-3)
+TASKS = {"omar_simple_spread": dict(gamma=0.9), "omar_simple_tag": CHASE, "omar_simple_world": CHASE}
 PURSUIT = {
     "random": dict(q_weight=4.0),
     "random-medium": dict(q_weight=0.4, cql_weight=4.0),

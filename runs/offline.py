@@ -34,7 +34,9 @@ from common.envs import SHIFTS, check_shift, make_env, make_vec
 RESULT = ROOT / "runs" / "results" / "offline"
 METHODS = {"dom2": "", "cloning": "--q-weight 0", "deterministic": "--policy deterministic"}
 LONGER = {"dom2": 1.0, "cloning": 1.6, "deterministic": 3.0}  # how many times as many updates take a method about the same time
-BASELINE: dict[str, str] = {}  # where not the preset is best for the deterministic policies
+BASELINE = {
+    "omar_simple_spread-expert": "--cql-weight 0.5 --policy-lr 3e-3"
+}  # where not the preset is best for deterministic policies
 FRESH = 10**6  # seed of the fresh episodes
 
 

@@ -58,7 +58,9 @@ GUESS = {
     "omar_simple_world": ((4.0, 1.0), (0.4, 4.0), (0.4, 4.0), (0.2, 4.0), (0.1, 4.0), (0.05, 4.0)),
     "omar_halfcheetah_2x3": ((8.0, 2.0), (4.0, 8.0), (4.0, 8.0), (1.0, 8.0), (1.0, 8.0), (0.5, 8.0)),
 }
-PARTICLES, ROBOT = dict(gamma=0.9, q_lr=3e-3, total_updates=2_000), dict(gamma=0.99, q_lr=1e-3, total_updates=2_000)
+PARTICLES = dict(gamma=0.9, policy_lr=1e-3, q_lr=3e-3, total_updates=2_000)
+CHASE = dict(policy_lr=3e-3)  # tag and world
+ROBOT = dict(gamma=0.99, policy_lr=1e-3, q_lr=1e-3, total_updates=2_000)
 RANDOM = dict(gamma=0.95, total_updates=5_000)  # of spread, where policies have to go far from the data
 ASSIGNMENTS = dict(q_weight=0.1, cql_weight=8.0, total_updates=4_000, thresholds=0)
 FACTOR = 4  # by which eta and zeta are changed
@@ -67,12 +69,13 @@ FACTOR = 4  # by which eta and zeta are changed
 def trials(dataset: str, network: str) -> list[dict]:
     """What to try on a data set."""
     task, _, split = dataset.partition("-")
-    base = dict(network=network, policy_lr=3e-3, thresholds=3, top_quantile=0.98, seed=101)
+    base = dict(network=network, thresholds=3, top_quantile=0.98, seed=101)
     base |= ROBOT if "cheetah" in task else PARTICLES
     if dataset == assignments.NAME:
         base |= ASSIGNMENTS
     else:
         base |= dict(zip(("q_weight", "cql_weight"), GUESS[task][SPLITS.index(split)]))
+    base |= CHASE if task in ("omar_simple_tag", "omar_simple_world") else {}
     base |= RANDOM if dataset == "omar_simple_spread-random" else {}
     changes = [{}, *({name: base[name] * f} for name in ("cql_weight", "q_weight") for f in (1 / FACTOR, FACTOR))]
     if split == "medium" and "cheetah" not in task:
