@@ -55,6 +55,8 @@ def test_fewer_landmarks():
     turned = np.arctan2(ring[:, 0, 1], ring[:, 0, 0])
     assert abs(turned).max() <= np.pi / 6 and turned.min() < -0.4 and turned.max() > 0.4
     assert 0.29 < abs(before[..., 2:4]).max() <= 0.3
+    pushed = usual.step(np.zeros((200, 3, 2), np.float32))[0][..., :2]  # small enough that contacts do not choose the way
+    assert (np.linalg.norm(pushed, axis=-1) > 0.05).mean() < 0.25
     landmarks = after[:, 0, 4:16].reshape(200, 6, 2)
     same = (landmarks[:, :, None] == landmarks[:, None]).all(-1)
     assert (same.sum(2) == 2).all()  # each of three, twice
