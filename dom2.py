@@ -126,17 +126,17 @@ class Args:
 
     # --- policies ---
     policy: Literal["diffusion", "deterministic"] = "diffusion"
-    """diffusion: the method; deterministic: no imitation, no noise, all else equal (the baseline, MA-CQL)"""
+    """diffusion: the method; deterministic: no imitation, no noise, same critics and data (the baseline, MA-CQL)"""
     network: Literal["unet", "mlp"] = "unet"
     """noise prediction: a residual U-Net with skips, or three layers"""
     policy_hidden: int = 32
-    """width H of each agent's network"""
+    """width H of each agent's network; what it sees goes through layers of 128 first, or H if that is more, as do deterministic policies"""
     solver_steps: int = 5
     """K, steps from noise to action"""
     q_weight: float = 1.0
     """eta, weight of the critic's gradient against imitation; 0: imitation only. Deterministic policies, which do not imitate, have 1"""
     q_scale: Literal["spread", "mean"] = "spread"
-    """what eta is measured in: how much Q varies over actions, or the mean of |Q| as in the paper"""
+    """what eta is measured in: how much Q varies over actions, or the mean of |Q| as in the paper, whose imitation loss weighs less (E6)"""
 
     # --- critic ---
     critic_hidden: int = 64
@@ -173,12 +173,12 @@ LIMITS = {  # smallest and largest value allowed
 }  # fmt: skip
 # Presets: per task, and per split of its data. README.md says where they come from.
 ROBOT = dict(
-    gamma=0.99, tau=0.005, q_lr=1e-3, total_updates=3_000, eval_episodes=10, cql_own=True, cql_weight=20.0,
+    gamma=0.99, tau=0.005, q_lr=1e-3, total_updates=3_000, eval_episodes=10, cql_own=True, cql_weight=8.0,
     policy_hidden=64, critic_hidden=64,
 )  # fmt: skip
-CHASE = dict(gamma=0.9, policy_lr=3e-3)
-TASKS = {"omar_simple_spread": dict(gamma=0.9), "omar_simple_tag": CHASE, "omar_simple_world": CHASE}
-PURSUIT = {
+TAG_WORLD = dict(gamma=0.9, policy_lr=3e-3)
+TASKS = {"omar_simple_spread": dict(gamma=0.9), "omar_simple_tag": TAG_WORLD, "omar_simple_world": TAG_WORLD}
+TAG_WORLD_SPLITS = {
     "random": dict(q_weight=4.0),
     "random-medium": dict(q_weight=0.4, cql_weight=4.0),
     "medium-replay": dict(q_weight=0.4, cql_weight=4.0),
@@ -186,17 +186,17 @@ PURSUIT = {
     "medium-expert": dict(q_weight=0.1, cql_weight=4.0),
     "expert": dict(q_weight=0.05, cql_weight=4.0),
 }
-SPLITS = {
+SPLIT_PRESETS = {
     "omar_simple_spread": {
-        "random": dict(gamma=0.95, q_weight=30.0, cql_weight=0.5, total_updates=8_000, eval_every=1_000),
+        "random": dict(gamma=0.95, q_weight=120.0, cql_weight=0.5, policy_lr=3e-3, total_updates=8_000, eval_every=1_000),
         "random-medium": dict(q_weight=10.0),
         "medium-replay": dict(q_weight=10.0),
         "medium": dict(q_weight=8.0),
         "medium-expert": dict(q_weight=2.0, cql_weight=2.0),
         "expert": dict(q_weight=1.0, cql_weight=2.0),
     },
-    "omar_simple_tag": PURSUIT,
-    "omar_simple_world": PURSUIT,
+    "omar_simple_tag": TAG_WORLD_SPLITS,
+    "omar_simple_world": TAG_WORLD_SPLITS,
 }
 
 
@@ -206,7 +206,7 @@ def preset(dataset: str, env_id: str = "") -> Args:
         env_id = find_env_id(dataset, env_id)
     values = ROBOT if env_id.startswith(("mamujoco_", "omar_halfcheetah")) else TASKS.get(env_id, {})
     split = dataset.partition("-")[2] if dataset.startswith(env_id) else ""
-    return Args(dataset=dataset, **values | SPLITS.get(env_id, {}).get(split, {}))
+    return Args(dataset=dataset, **values | SPLIT_PRESETS.get(env_id, {}).get(split, {}))
 
 
 # ============================================================================================================================
@@ -296,14 +296,14 @@ class DiffusionPolicy(nn.Module):
     def __init__(self, obs_mask: Tensor, action_mask: Tensor, args: Args):
         super().__init__()
         n, o = obs_mask.shape
-        a, hidden, wave = action_mask.shape[1], args.policy_hidden, 32
-        seen, joined = max(128, hidden), max(64, hidden // 4)  # widths of what sees, once for all steps, and of where time joins it
+        a, hidden, waves = action_mask.shape[1], args.policy_hidden, 32
+        wide, joined = max(128, hidden), max(64, hidden // 4)  # widths of the layers for observations, and of where time joins them
         self.register_buffer("obs_mask", obs_mask.float()[:, None], persistent=False)  # [N, 1, O]
         self.register_buffer("action_mask", action_mask.float()[:, None], persistent=False)  # [N, 1, A]
-        self.register_buffer("frequency", torch.randn(wave // 2) * 16, persistent=True)
-        self.obs1, self.obs2 = ParallelLinear(n, o, seen, obs_mask.sum(1)), ParallelLinear(n, seen, seen)
-        self.time = ParallelLinear(n, wave, wave)
-        self.join_obs, self.join_time = ParallelLinear(n, seen, joined), ParallelLinear(n, wave, joined)
+        self.register_buffer("frequency", torch.randn(waves // 2) * 16, persistent=True)
+        self.obs1, self.obs2 = ParallelLinear(n, o, wide, obs_mask.sum(1)), ParallelLinear(n, wide, wide)
+        self.time = ParallelLinear(n, waves, waves)
+        self.join_obs, self.join_time = ParallelLinear(n, wide, joined), ParallelLinear(n, waves, joined)
         self.network = (UNet if args.network == "unet" else MLP)(n, a, hidden)
         self.tell = ParallelLinear(n, joined, sum(self.network.widths))
         self.set_steps(args.solver_steps)
@@ -332,16 +332,16 @@ class DiffusionPolicy(nn.Module):
         (n, b, _), k = obs.shape, len(t)
         angle = 2 * math.pi * t[..., None] * self.frequency  # [K, B or 1, 16]
         wave = torch.cat([angle.sin(), angle.cos()], -1).flatten(0, 1).expand(n, -1, -1)  # [N, K * (B or 1), 32]
-        time = self.join_time(F.silu(self.time(wave))).unflatten(1, (k, -1))  # [N, K, B or 1, 64]
-        seen = self.join_obs(F.silu(self.obs2(F.silu(self.obs1(obs * self.obs_mask)))))  # [N, B, 64]
-        both = F.silu(seen[:, None] + time).flatten(1, 2)  # [N, K * B, 64]
+        time = self.join_time(F.silu(self.time(wave))).unflatten(1, (k, -1))  # [N, K, B or 1, joined]
+        seen = self.join_obs(F.silu(self.obs2(F.silu(self.obs1(obs * self.obs_mask)))))  # [N, B, joined]
+        both = F.silu(seen[:, None] + time).flatten(1, 2)  # [N, K * B, joined]
         return self.tell(both).view(n, k, b, -1)
 
     def predict(self, x: Tensor, condition: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> Tensor:
         """The noise in x [N, B, A] at the time of `alpha`, `sigma` and `condition` [N, B, C].
 
         eps = sigma_t x + alpha_t network(x, o, t) [deviation E6]: nearly all of x is noise at t = 1, and an error of the network there,
-        where the solver divides by alpha = 0.007, must not count 150 times. An error of the network is one of the action by sigma_t.
+        where the solver divides by alpha = 0.007, must not count 150 times. An error e of the network changes the implied action by sigma_t e.
         """
         return (sigma * x + alpha * self.network(x, condition)) * self.action_mask
 
@@ -350,8 +350,7 @@ class DiffusionPolicy(nn.Module):
 
         One first-order step from s to t: x_t = (alpha_t / alpha_s) x_s - sigma_t (exp(lambda_t - lambda_s) - 1) eps, lambda = log(alpha /
         sigma). The same in other words: estimate the action as a = (x_s - sigma_s eps) / alpha_s, then x_t = alpha_t a + sigma_t eps
-        [DOM2 solver]. In these words it can be clipped to the box, as it has to: at t = 1, alpha is 0.007, and an error in eps
-        counts 150 times [deviation E2].
+        [DOM2 solver]. In these words the estimate can be kept in the box [deviation E2].
         """
         x, conditions = noise * self.action_mask, self.condition(obs, self.times[:-1, None]).unbind(1)
         for k, (condition, alpha, sigma) in enumerate(zip(conditions, self.alpha, self.sigma)):
@@ -368,7 +367,7 @@ class DeterministicPolicy(nn.Module):
     def __init__(self, obs_mask: Tensor, action_mask: Tensor, args: Args):
         super().__init__()
         n, o = obs_mask.shape
-        a, hidden = action_mask.shape[1], max(128, args.policy_hidden)  # as wide as what sees in the other
+        a, hidden = action_mask.shape[1], max(128, args.policy_hidden)  # as the other's layers for observations
         self.register_buffer("obs_mask", obs_mask.float(), persistent=False)
         self.register_buffer("action_mask", action_mask.float()[:, None], persistent=False)  # [N, 1, A]
         self.layer1, self.layer2 = ParallelLinear(n, o, hidden, obs_mask.sum(1)), ParallelLinear(n, hidden, hidden)
@@ -465,13 +464,14 @@ def critic_loss(critic: Critic, target: Critic, target_policy: nn.Module, batch:
 def imitation_loss(policy: DiffusionPolicy, batch: dict[str, Tensor], t: Tensor, eps: Tensor) -> tuple[Tensor, Logs]:
     """E || (eps - eps_theta(alpha_t a + sigma_t eps, o, t)) / alpha_t ||^2, summed over agents [DOM2 imitation]. t [1, B], eps [N, B, A].
 
-    Divided by alpha_t [deviation E6], so that the network's errors count alike at all times. Otherwise those times hardly count at which
-    little of the action is left in x, and it has to be inferred from the observation.
+    Divided by alpha_t [deviation E6], so that the network's errors count alike at all times (known as v-prediction). Otherwise those times
+    hardly count at which little of the action is left in x, and it has to be inferred from the observation.
     """
     alpha, sigma = policy.scales(t[..., None])  # [1, B, 1]
+    eps = eps * policy.action_mask
     condition = policy.condition(batch["obs"], t).squeeze(1)  # [N, B, C]
     predicted = policy.predict(alpha * batch["action"] + sigma * eps, condition, alpha, sigma)
-    loss = (((eps * policy.action_mask - predicted) / alpha) ** 2).sum(-1).mean(1).sum()
+    loss = (((eps - predicted) / alpha) ** 2).sum(-1).mean(1).sum()
     return loss, {"losses/imitation": loss.detach()}
 
 
@@ -844,7 +844,7 @@ def train(args: Args, saved: dict | None) -> None:
 # 6. Main: data, run directory, checkpoints, command line
 # ============================================================================================================================
 
-FORMAT = "dom2-3"  # of checkpoint.pt; raise it when a change makes older files unreadable
+FORMAT = "dom2-4"  # of checkpoint.pt; raise it when a change makes older files unreadable
 COLUMNS = ("step", "wall_time_s", "return_mean", "return_std", "episodes", "normalized_score")  # of eval.csv; a step is an update
 
 

@@ -18,7 +18,7 @@ from torch import nn
 
 import dom2
 import omad
-from common.datasets import load_dataset
+from common.datasets import SPLITS, load_dataset
 from common.envs import make_env
 from conftest import ROOT, caller
 from test_omar_tasks import checkpoint
@@ -167,6 +167,8 @@ def test_the_imitation_loss_by_hand():
     t, eps = torch.rand(1, 5), torch.randn(2, 5, 2)
     loss, _ = dom2.imitation_loss(policy, batch, t, eps)
     alpha, sigma = policy.scales(t[..., None])
+    assert loss == dom2.imitation_loss(policy, batch, t, eps + 5 * torch.tensor([[[0.0, 0.0]], [[0.0, 1.0]]]))[0]
+    eps[1, :, 1] = 0.0
     x = alpha * batch["action"] + sigma * eps
     output = policy.network(x, policy.condition(batch["obs"], t)[:, 0])
     error = (alpha * eps - sigma * batch["action"] - output) ** 2 * torch.from_numpy(masks[1])[:, None]
@@ -663,6 +665,24 @@ def test_presets_follow_the_task(folder, tmp_path):
     assert (
         dom2.preset("omar_halfcheetah_2x3-expert").gamma == 0.99 == dom2.preset(str(tmp_path / "cheetah"), "mamujoco_ant_2x4").gamma
     )
+
+
+def test_every_preset_can_be_used():
+    for task, splits in dom2.SPLIT_PRESETS.items():
+        assert set(splits) <= set(SPLITS)
+        for split, values in splits.items():
+            found = dom2.preset(f"{task}-{split}")
+            dom2.validate(found)
+            assert all(getattr(found, name) == value for name, value in values.items())
+    assert dom2.preset("omar_simple_tag-expert").policy_lr > dom2.preset("omar_simple_spread-expert").policy_lr
+    assert dom2.preset("omar_halfcheetah_2x3-random").cql_own and not dom2.preset("omar_simple_spread-random").cql_own
+    assert dom2.preset("omar_simple_spread-medium") == dataclasses.replace(dom2.Args(), gamma=0.9, q_weight=8.0)
+
+
+def test_the_baseline_is_as_wide_as_what_sees_in_the_method():
+    for hidden, wide in ((16, 128), (200, 200)):
+        ours, baseline = (agent(policy_hidden=hidden, policy=kind).policy for kind in ("diffusion", "deterministic"))
+        assert ours.obs2.weight.shape[1:] == (wide, wide) == baseline.layer2.weight.shape[1:]
 
 
 def test_what_both_files_hold_is_the_same():

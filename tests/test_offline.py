@@ -28,7 +28,7 @@ def test_a_search_changes_one_value_at_a_time_and_treats_both_kinds_alike():
             assert all(sum(trial[name] != group[0][name] for name in sweep.FLAGS) == 1 for trial in group[1:])
         tried = lambda group: {(t["gamma"], t["cql_weight"], t["thresholds"]) for t in group}
         assert tried(ours) == tried(baseline) and len(ours) == len(baseline)
-        assert baseline[0]["total_updates"] == offline.LONGER["deterministic"] * ours[0]["total_updates"]
+        assert baseline[0]["total_updates"] == offline.longer(dataset, "deterministic") * ours[0]["total_updates"]
         assert len({t["q_weight"] for t in ours}) == 3 == len({t["policy_lr"] for t in baseline})
         assert all(trial["seed"] not in offline.Options().seeds for trial in found)
 
