@@ -37,7 +37,7 @@ METHODS = {"dom2": "", "cloning": "--q-weight 0", "deterministic": "--policy det
 LONGER, LONGER_ROBOT = {"dom2": 1.0, "cloning": 1.6, "deterministic": 3.0}, {"dom2": 1.0, "cloning": 1.6, "deterministic": 4.0}
 # Where the preset is not what suits the deterministic policies; tag and world: from spread, not searched yet.
 BASELINE = {f"omar_simple_{task}-{split}": "--policy-lr 1e-3" for task in ("tag", "world") for split in SPLITS}
-BASELINE |= {"omar_simple_spread-expert": "--cql-weight 0.5 --policy-lr 3e-3", "omar_simple_spread-random": "--policy-lr 1e-3"}
+BASELINE |= {"omar_simple_spread-expert": "--cql-weight 0.5 --policy-lr 3e-3"}
 FRESH = 10**6  # seed of the fresh episodes
 
 

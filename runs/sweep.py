@@ -62,7 +62,7 @@ GUESS = {
 # ... and the rest by task.
 PARTICLES = dict(gamma=0.9, policy_lr=1e-3, q_lr=3e-3, total_updates=2_000)
 ROBOT = dict(gamma=0.99, policy_lr=1e-3, q_lr=1e-3, total_updates=2_000)
-RANDOM = dict(gamma=0.95, policy_lr=3e-3, total_updates=5_000)  # of spread, where policies have to go far from the data
+RANDOM = dict(gamma=0.95, total_updates=5_000)  # of spread, where policies have to go far from the data
 ASSIGNMENTS = dict(q_weight=0.1, cql_weight=8.0, total_updates=4_000, thresholds=0)
 FACTOR = 4  # by which eta and zeta are changed
 
