@@ -512,8 +512,8 @@ def trajectory_weights(returns: np.ndarray, count: int, top: float) -> np.ndarra
 
 
 class Data:
-    """A data set on the device: one row per transition and agent, of which a batch holds views by name. Observations are in units of
-    their mean and standard deviation [deviation E8]: in a robot, velocities are twenty times as large as angles.
+    """A data set on the device: one row per transition and agent, of which a batch holds views by name. Observations are
+    counted from their mean, and those that vary by more than 1 in units of their standard deviation [deviation E8]: a robot's velocities.
 
     Each agent draws its own rows, by its own returns: row t of agent j is as likely as the weight of its trajectory, the step from
     `upto`[j, t - 1] to `upto`[j, t].
@@ -536,7 +536,7 @@ class Data:
             self.table[part] = torch.from_numpy(np.concatenate(columns, -1, dtype=np.float32)).to(device)
         obs, next_obs = self.table[..., :o], self.table[..., o : 2 * o]
         std, self.obs_mean = torch.std_mean(obs, 0)  # [N, O]
-        self.obs_std = torch.where(std > 1e-3, std, 1.0)  # what never changes in the data must not explode elsewhere
+        self.obs_std = std.clamp(min=1.0)  # nothing is magnified: what varies little in the data may vary more where a policy goes
         for part in (obs, next_obs):
             part.sub_(self.obs_mean).div_(self.obs_std)
         self.reward = self.table[..., 2 * o + a].T  # [N, T]
@@ -844,7 +844,7 @@ def train(args: Args, saved: dict | None) -> None:
 # 6. Main: data, run directory, checkpoints, command line
 # ============================================================================================================================
 
-FORMAT = "dom2-4"  # of checkpoint.pt; raise it when a change makes older files unreadable
+FORMAT = "dom2-5"  # of checkpoint.pt; raise it when a change makes older files unreadable
 COLUMNS = ("step", "wall_time_s", "return_mean", "return_std", "episodes", "normalized_score")  # of eval.csv; a step is an update
 
 

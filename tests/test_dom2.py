@@ -380,6 +380,10 @@ def test_reweighting_is_as_if_good_trajectories_were_in_the_data_several_times(f
 
 def test_a_batch_is_rows_of_the_data(folder):
     data = load_dataset(folder)
+    wide = {name: np.array(getattr(data, name)) for name in ("obs", "next_obs")}
+    for seen in wide.values():
+        seen[:, 1, :2] *= 50.0  # agent 1's velocity varies by more than 1, all else by less
+    data = dataclasses.replace(data, **wide)
     ended = dataclasses.replace(data, terminations=np.arange(2000) % 7 == 0)
     table = dom2.Data(ended, make_env("omar_simple_spread"), args(), torch.device("cpu"))
     index = torch.tensor([[3, 1999, 14], [0, 7, 8], [5, 6, 21]])  # rows of each agent
@@ -387,7 +391,7 @@ def test_a_batch_is_rows_of_the_data(folder):
     agent = np.arange(3)[:, None]
     for name, source in (("obs", data.obs), ("next_obs", data.next_obs)):  # in units of what the agent saw
         seen = np.asarray(data.obs, np.float64)
-        std = np.where(seen.std(0) == 0, 1.0, seen.std(0))[agent]  # [3, 1, 18]: nobody speaks, so that four are always 0
+        std = np.maximum(seen.std(0), 1.0)[agent]  # [3, 1, 18]
         want = (np.asarray(source)[index.numpy(), agent] - seen.mean(0)[agent]) / std
         np.testing.assert_allclose(batch[name].numpy(), want, rtol=1e-3, atol=1e-4)
     np.testing.assert_array_equal(batch["action"].numpy(), np.asarray(data.actions)[index.numpy(), agent])
