@@ -54,7 +54,7 @@ class Options:
 # First guesses, from trials: eta and zeta by split ...
 TAG_WORLD = dict(zip(SPLITS, ((4.0, 1.0), (0.4, 4.0), (0.4, 4.0), (0.2, 4.0), (0.1, 4.0), (0.05, 4.0))))
 GUESS = {
-    "omar_simple_spread": dict(zip(SPLITS, ((480.0, 0.5), (10.0, 1.0), (10.0, 1.0), (8.0, 1.0), (2.0, 2.0), (1.0, 2.0)))),
+    "omar_simple_spread": dict(zip(SPLITS, ((120.0, 0.5), (10.0, 1.0), (10.0, 1.0), (8.0, 1.0), (2.0, 2.0), (1.0, 2.0)))),
     "omar_simple_tag": TAG_WORLD,
     "omar_simple_world": TAG_WORLD,
     "omar_halfcheetah_2x3": dict(zip(SPLITS, ((8.0, 8.0), (4.0, 8.0), (4.0, 8.0), (1.0, 8.0), (1.0, 8.0), (0.5, 8.0)))),
