@@ -34,7 +34,8 @@ from common.envs import SHIFTS, check_shift, make_env, make_vec
 RESULT = ROOT / "runs" / "results" / "offline"
 METHODS = {"dom2": "", "cloning": "--q-weight 0", "deterministic": "--policy deterministic"}
 # How many times as many updates take a method about the same time as DOM2, on a CPU; HalfCheetah's critics take less of it.
-LONGER, LONGER_ROBOT = {"dom2": 1.0, "cloning": 1.6, "deterministic": 3.0}, {"dom2": 1.0, "cloning": 1.6, "deterministic": 4.0}
+LONGER = {"dom2": 1.0, "cloning": 1.6, "deterministic": 3.0}
+LONGER_ROBOT = LONGER | {"deterministic": 4.0}
 # Where the preset is not what suits the deterministic policies; tag and world: from spread, not searched yet.
 BASELINE = {f"omar_simple_{task}-{split}": "--policy-lr 1e-3" for task in ("tag", "world") for split in SPLITS}
 BASELINE |= {"omar_simple_spread-expert": "--cql-weight 0.5 --policy-lr 3e-3"}

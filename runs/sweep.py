@@ -5,10 +5,11 @@
     python runs/sweep.py --best                                 # only the table of what is best, from the rows there are
 
 Each row of runs/results/dom2_sweep.csv is one run: what was set, and the return of its last policy on 400 episodes. Rows that are there
-are not run again, whatever the revision they were made at: what is not a column, such as widths, is the preset's of that revision. The runs' seed is 101, so that neither their batches nor the start states of their evaluations are those of the
-results shown in README.md (seeds 1 to 3). Diffusion policies and the deterministic baseline get equally many trials of equal time: where eta is
-changed for the one, which the other does not know, the other's learning rate of the policies is. One seed each: differences of less than
-about ten in the return of spread are noise, and the best of several is a little lucky.
+are not run again, whatever the revision they were made at: what is not a column, such as widths, is the preset's of that revision. The
+runs' seed is 101, so that neither their batches nor the start states of their evaluations are those of the results shown in README.md
+(seeds 1 to 3). Diffusion policies and the deterministic baseline get equally many trials of equal time: where eta is changed for the one,
+which the other does not know, the other's learning rate of the policies is. One seed each: differences of less than about ten in the
+return of spread are noise, and the best of several is a little lucky.
 """
 
 import concurrent.futures
@@ -91,17 +92,20 @@ def trials(dataset: str, network: str) -> list[dict]:
                 rate = base["policy_lr"] * {base["q_weight"] / FACTOR: 1 / 3, base["q_weight"] * FACTOR: 3}.get(
                     trial["q_weight"], 1
                 )
-                count = round(
-                    offline.longer(dataset, "deterministic") * base["total_updates"]
-                )  # in the same time, as in the results
+                # As many as take the same time, as in the results.
+                count = round(offline.longer(dataset, "deterministic") * base["total_updates"])
                 trial |= dict(network="", q_weight=1.0, policy_lr=rate, total_updates=count)
-            if trial not in result:
-                result.append(trial)
+            result.append(trial)
     return result
 
 
 def key(dataset: str, trial: dict) -> tuple[str, ...]:
     return dataset, *(str(trial[name]) for name in FLAGS)
+
+
+def row_key(row: dict) -> tuple[str, ...]:
+    """What `key` says of the trial that made the row."""
+    return tuple(row[name] for name in ("dataset", *FLAGS))
 
 
 def rows() -> list[dict]:
@@ -136,11 +140,13 @@ def run(dataset: str, trial: dict) -> dict | str:
     )
 
 
-def show_best() -> None:
+def show_best(network: str) -> None:
     """The best row of each data set and kind of policy."""
     table: dict[tuple[str, str], list[dict]] = {}
-    for row in rows():  # those of an older search are only a record
-        if any(key(row["dataset"], trial)[1:] == tuple(row[name] for name in FLAGS) for trial in trials(row["dataset"], "unet")):
+    found = rows()
+    asked = {key(dataset, trial) for dataset in {row["dataset"] for row in found} for trial in trials(dataset, network)}
+    for row in found:
+        if row_key(row) in asked:  # those of an older search are only a record
             table.setdefault((row["dataset"], row["policy"]), []).append(row)
     print("data set                       | policy        | trials | best ± standard error | with")
     for (dataset, policy), found in table.items():
@@ -152,7 +158,7 @@ def show_best() -> None:
 
 def main() -> None:
     options = tyro.cli(Options)
-    known = {tuple(row[name] for name in ("dataset", *FLAGS)) for row in rows()}
+    known = {row_key(row) for row in rows()}
     todo = [(d, t) for d in options.datasets for t in trials(d, options.network) if key(d, t) not in known]
     if not options.best:
         for dataset in dict.fromkeys(dataset for dataset, _ in todo):
@@ -170,7 +176,7 @@ def main() -> None:
                         writer.writeheader()
                     writer.writerow(row)
                 print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
-    show_best()
+    show_best(options.network)
 
 
 if __name__ == "__main__":

@@ -259,7 +259,7 @@ def test_the_cql_term_action_by_action(own):
     learner = dom2.DOM2(env, args(policy="deterministic", cql_own=own, cql_weight=3.0), torch.device("cpu"))
     torch.nn.init.normal_(learner.slow_critic.out.weight)
     torch.nn.init.normal_(learner.slow_policy.out.weight)
-    random = lambda *shape: torch.randn(shape)
+    random = torch.randn
     batch = dict(
         obs=random(2, 3, 4), next_obs=random(2, 3, 4), action=random(2, 3, 2), reward=random(2, 3), terminated=random(2, 3)
     )
