@@ -692,13 +692,17 @@ class DOM2(nn.Module):
     def update(self, batch: dict[str, Tensor], uniform: Tensor, next_noise=None, t=None, eps=None, noise=None) -> Logs:
         """One update of critics, policies and averages."""
         args = self.args
-        loss, logs, spread = self.critic_loss(self.critic, self.slow_critic, self.slow_policy, batch, next_noise, uniform, args)
-        self._step("critic", self.critic, loss)
-        loss = 0.0
+        guided = args.q_weight or args.policy == "deterministic"  # imitation alone asks no critic, and trains none
+        loss, logs = 0.0, {}
+        if guided:
+            td_and_cql, logs, spread = self.critic_loss(
+                self.critic, self.slow_critic, self.slow_policy, batch, next_noise, uniform, args
+            )
+            self._step("critic", self.critic, td_and_cql)
         if eps is not None:
             loss, more = self.imitation_loss(self.policy, batch, t, eps)
             logs |= more
-        if args.q_weight or args.policy == "deterministic":
+        if guided:
             value, more = self.value_loss(self.policy, self.critic, batch, noise, spread, args)
             loss, logs = loss + value, logs | more
         self._step("policy", self.policy, loss)
