@@ -1,6 +1,6 @@
 """The search behind the presets of dom2.py: short runs around a first guess, one value changed at a time.
 
-    python runs/sweep.py                                        # every data set; about two hours on two cores
+    python runs/sweep.py                                        # every data set; about three hours on two cores
     python runs/sweep.py --datasets omar_simple_tag-expert      # one of them
     python runs/sweep.py --best                                 # only the table of what is best, from the rows there are
 
@@ -82,7 +82,7 @@ def trials(dataset: str, network: str) -> list[dict]:
     changes = [{}, *({name: base[name] * f} for name in ("cql_weight", "q_weight") for f in (1 / FACTOR, FACTOR))]
     if split == "medium" and "cheetah" not in task or dataset == "omar_simple_spread-random":
         changes += [dict(gamma=0.95)]
-    if split == "medium-replay":
+    if base["thresholds"]:
         changes += [dict(thresholds=8)]
     result = []
     for policy in ("diffusion", "deterministic"):
