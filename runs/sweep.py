@@ -5,7 +5,7 @@
     python runs/sweep.py --best                                 # only the table of what is best, from the rows there are
 
 Each row of runs/results/dom2_sweep.csv is one run: what was set, and the return of its last policy on 400 episodes. Rows that are there
-are not run again, whatever the revision they were made at: what is not a column, such as widths, is the preset's of that revision. The
+are not run again, whatever the revision they were made at: what is not a column is the preset's of that revision. The
 runs' seed is 101, so that neither their batches nor the start states of their evaluations are those of the results shown in README.md
 (seeds 1 to 3). Diffusion policies and the deterministic baseline get equally many trials of equal time: where eta is changed for the one,
 which the other does not know, the other's learning rate of the policies is. One seed each: differences of less than about ten in the
@@ -33,7 +33,8 @@ from common.datasets import SCORES, SPLITS
 
 RESULT = ROOT / "runs" / "results" / "dom2_sweep.csv"
 FLAGS = (
-    "policy", "network", "gamma", "q_weight", "cql_weight", "thresholds", "top_quantile", "policy_lr", "q_lr", "total_updates", "seed",
+    "policy", "network", "gamma", "q_weight", "cql_weight", "thresholds", "top_quantile", "critic_hidden", "policy_lr", "q_lr",
+    "total_updates", "seed",
 )  # fmt: skip
 COLUMNS = ("dataset", *FLAGS, "return_mean", "return_std", "episodes", "seconds", "git_revision")
 
@@ -63,8 +64,8 @@ GUESS = {
 # ... and the rest by task.
 PARTICLES = dict(gamma=0.9, policy_lr=1e-3, q_lr=3e-3, total_updates=2_000)
 ROBOT = dict(gamma=0.99, policy_lr=1e-3, q_lr=1e-3, total_updates=2_000)
-RANDOM = dict(total_updates=5_000)  # of spread, where policies have to go far from the data
 ASSIGNMENTS = dict(q_weight=0.1, cql_weight=8.0, total_updates=4_000, thresholds=0)
+NARROW, WIDE = 64, 256  # critics; wide ones to start with for random data, where what is worth doing is far from what is done
 FACTOR = 4  # by which eta and zeta are changed
 
 
@@ -78,9 +79,10 @@ def trials(dataset: str, network: str) -> list[dict]:
     else:
         base |= dict(zip(("q_weight", "cql_weight"), GUESS[task][split]))
     base |= dict(policy_lr=3e-3) if task in ("omar_simple_tag", "omar_simple_world") else {}
-    base |= RANDOM if dataset == "omar_simple_spread-random" else {}
+    base |= dict(critic_hidden=WIDE if split == "random" else NARROW)
     changes = [{}, *({name: base[name] * f} for name in ("cql_weight", "q_weight") for f in (1 / FACTOR, FACTOR))]
-    if split == "medium" and "cheetah" not in task or dataset == "omar_simple_spread-random":
+    changes += [dict(critic_hidden=NARROW + WIDE - base["critic_hidden"])]
+    if split in ("random", "medium") and "cheetah" not in task:
         changes += [dict(gamma=0.95)]
     if base["thresholds"]:
         changes += [dict(thresholds=8)]
@@ -93,7 +95,7 @@ def trials(dataset: str, network: str) -> list[dict]:
                     trial["q_weight"], 1
                 )
                 # As many as take the same time, as in the results.
-                count = round(offline.longer(dataset, "deterministic") * base["total_updates"])
+                count = round(offline.longer(dataset, "deterministic", trial["critic_hidden"]) * base["total_updates"])
                 trial |= dict(network="", q_weight=1.0, policy_lr=rate, total_updates=count)
             result.append(trial)
     return result
@@ -152,7 +154,9 @@ def show_best(network: str) -> None:
     for (dataset, policy), found in table.items():
         best = max(found, key=lambda row: float(row["return_mean"]))
         error = float(best["return_std"]) / float(best["episodes"]) ** 0.5
-        settings = ", ".join(f"{name} {best[name]}" for name in ("gamma", "q_weight", "cql_weight", "thresholds", "policy_lr"))
+        settings = ", ".join(
+            f"{name} {best[name]}" for name in ("gamma", "q_weight", "cql_weight", "thresholds", "critic_hidden", "policy_lr")
+        )
         print(f"{dataset:30s} | {policy:13s} | {len(found):6d} | {float(best['return_mean']):6.1f} ± {error:.1f} | {settings}")
 
 
