@@ -80,6 +80,7 @@ def trials(dataset: str, network: str) -> list[dict]:
         base |= dict(zip(("q_weight", "cql_weight"), GUESS[task][split]))
     base |= dict(policy_lr=3e-3) if task in ("omar_simple_tag", "omar_simple_world") else {}
     base |= dict(critic_hidden=WIDE if split == "random" else NARROW)
+    base |= dict(total_updates=3_000) if dataset == "omar_simple_spread-random" else {}  # after 2,000 all are in a dip
     changes = [{}, *({name: base[name] * f} for name in ("cql_weight", "q_weight") for f in (1 / FACTOR, FACTOR))]
     changes += [dict(critic_hidden=NARROW + WIDE - base["critic_hidden"])]
     if split in ("random", "medium") and "cheetah" not in task:
