@@ -43,7 +43,7 @@ LONGER_ROBOT = {
 }
 # Where the preset is not what suits the deterministic policies; tag and world: from spread, not searched yet.
 BASELINE = {f"omar_simple_{task}-{split}": "--policy-lr 1e-3" for task in ("tag", "world") for split in SPLITS}
-BASELINE |= {"omar_simple_spread-expert": "--cql-weight 0.5 --policy-lr 3e-3"}
+BASELINE |= {"omar_simple_spread-medium": "--cql-weight 0.25", "omar_simple_spread-expert": "--cql-weight 0.5"}
 FRESH = 10**6  # seed of the fresh episodes
 
 
