@@ -116,7 +116,8 @@ def make_data() -> None:
 
 def train(method: str, seed: int) -> None:
     if seed not in offline.read_folder(RESULT / method, "usual"):
-        count = str(round(UPDATES * offline.longer(NAME, method, dom2.Args().critic_hidden)))
+        width = dom2.Args().critic_hidden
+        count = str(round(UPDATES * offline.longer(NAME, method, width, width)))
         flags = f"{COMMON} {offline.METHODS[method]} {OWN.get(method, '')} --total-updates {count}".split()
         offline.complete(RESULT / method, seed, [*SOURCE, *flags])
 

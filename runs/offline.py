@@ -5,7 +5,7 @@
     python runs/offline.py                                                         # only the table of everything there is
 
 Every run has the preset of its data set, but for what suits the baseline better (`BASELINE`). DOM2 makes the preset's number of updates;
-the others, whose updates are cheaper, make so many more (`LONGER`) that they take about as long: the table has the minutes of each. A run's
+the others, whose updates are cheaper, make so many more (`COST`) that they take about as long: the table has the minutes of each. A run's
 last policy is then evaluated over 1000 episodes (50 of HalfCheetah) whose seed no run and no search used: fresh.csv in the run's folder,
 one row for the usual environment and one for each of its shifts. Everything is kept in
 runs/results/offline/<data set>/<method>[-<percent>]/; an interrupted run is gone on with.
@@ -32,18 +32,15 @@ from common.envs import SHIFTS, check_shift, make_env, make_vec
 
 RESULT = ROOT / "runs" / "results" / "offline"
 METHODS = {"dom2": "", "cloning": "--q-weight 0", "deterministic": "--policy deterministic"}
-# How many times as many updates take a method about the same time as DOM2, on a CPU, by the width of the critics.
-LONGER = {
-    64: {"dom2": 1.0, "cloning": 3.5, "deterministic": 3.0},
-    256: {"dom2": 1.0, "cloning": 9.0, "deterministic": 1.35},
-}
-LONGER_ROBOT = {
-    64: {"dom2": 1.0, "cloning": 5.0, "deterministic": 4.0},
-    256: {"dom2": 1.0, "cloning": 10.0, "deterministic": 1.5},
-}
+# Milliseconds of an update on one core, by the width of the critics: particle tasks, HalfCheetah.
+COST = {"dom2": {64: 24.0, 256: 62.1}, "cloning": {64: 6.9, 256: 6.9}, "deterministic": {64: 8.0, 256: 46.0}}
+COST_ROBOT = {"dom2": {64: 28.0, 256: 56.0}, "cloning": {64: 5.6, 256: 5.6}, "deterministic": {64: 7.0, 256: 37.3}}
 # Where the preset is not what suits the deterministic policies; tag and world: from spread, not searched yet.
-BASELINE = {f"omar_simple_{task}-{split}": "--policy-lr 1e-3" for task in ("tag", "world") for split in SPLITS}
-BASELINE |= {"omar_simple_spread-medium": "--cql-weight 0.25", "omar_simple_spread-expert": "--cql-weight 0.5"}
+BASELINE = {f"omar_simple_{task}-{split}": dict(policy_lr=1e-3) for task in ("tag", "world") for split in SPLITS} | {
+    "omar_simple_spread-random": dict(critic_hidden=64),
+    "omar_simple_spread-medium": dict(cql_weight=0.25),
+    "omar_simple_spread-expert": dict(cql_weight=0.5),
+}
 FRESH = 10**6  # seed of the fresh episodes
 
 
@@ -69,9 +66,14 @@ def folder(dataset: str, method: str, fraction: float) -> Path:
     return RESULT / dataset / (method if fraction == 1 else f"{method}-{100 * fraction:g}")
 
 
-def longer(dataset: str, method: str, critic_hidden: int) -> float:
-    """How many times as many updates as DOM2 the method makes."""
-    return (LONGER_ROBOT if "cheetah" in dataset else LONGER)[critic_hidden][method]
+def longer(dataset: str, method: str, critic_hidden: int, usual: int) -> float:
+    """How many updates with critics of that width take the time of one of DOM2 with critics of the usual width."""
+    cost = COST_ROBOT if "cheetah" in dataset else COST
+    return cost["dom2"][usual] / cost[method][critic_hidden]
+
+
+def as_flags(values: dict) -> list[str]:
+    return [x for name, value in values.items() for x in ("--" + name.replace("_", "-"), str(value))]
 
 
 def find_run(dataset: str, method: str, fraction: float, seed: int) -> Path | None:
@@ -83,11 +85,10 @@ def train(dataset: str, method: str, fraction: float, seed: int, updates: int) -
     """One run, unless it is there already."""
     if not find_run(dataset, method, fraction, seed):
         preset = dom2.preset(dataset)
-        count, every = (
-            round(longer(dataset, method, preset.critic_hidden) * x) for x in (updates or preset.total_updates, preset.eval_every)
-        )
-        own = BASELINE.get(dataset, "") if method == "deterministic" else ""
-        flags = ["--dataset", dataset, *METHODS[method].split(), *own.split(), "--data-fraction", str(fraction)]
+        own = BASELINE.get(dataset, {}) if method == "deterministic" else {}
+        times = longer(dataset, method, own.get("critic_hidden", preset.critic_hidden), preset.critic_hidden)
+        count, every = (round(times * x) for x in (updates or preset.total_updates, preset.eval_every))
+        flags = ["--dataset", dataset, *METHODS[method].split(), *as_flags(own), "--data-fraction", str(fraction)]
         flags += ["--total-updates", str(count), "--eval-every", str(every)]
         complete(folder(dataset, method, fraction), seed, flags)
 

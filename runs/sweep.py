@@ -7,7 +7,7 @@
 Each row of runs/results/dom2_sweep.csv is one run: what was set, and the return of its last policy on 400 episodes. Rows that are there
 are not run again, whatever the revision they were made at: what is not a column is the preset's of that revision. The
 runs' seed is 101, so that neither their batches nor the start states of their evaluations are those of the results shown in README.md
-(seeds 1 to 3). Diffusion policies and the deterministic baseline get equally many trials of equal time: where eta is changed for the one,
+(seeds 1 to 3). All trials on a data set take about the same time, and diffusion policies and the deterministic baseline get equally many: where eta is changed for the one,
 which the other does not know, the other's learning rate of the policies is. One seed each: differences of less than about ten in the
 return of spread are noise, and the best of several is a little lucky.
 """
@@ -88,16 +88,17 @@ def trials(dataset: str, network: str) -> list[dict]:
     if base["thresholds"]:
         changes += [dict(thresholds=8)]
     result = []
-    for policy in ("diffusion", "deterministic"):
+    for policy, method in (("diffusion", "dom2"), ("deterministic", "deterministic")):
         for change in changes:
             trial = base | change | dict(policy=policy)
             if policy == "deterministic":  # which has neither network nor eta
                 rate = base["policy_lr"] * {base["q_weight"] / FACTOR: 1 / 3, base["q_weight"] * FACTOR: 3}.get(
                     trial["q_weight"], 1
                 )
-                # As many as take the same time, as in the results.
-                count = round(offline.longer(dataset, "deterministic", trial["critic_hidden"]) * base["total_updates"])
-                trial |= dict(network="", q_weight=1.0, policy_lr=rate, total_updates=count)
+                trial |= dict(network="", q_weight=1.0, policy_lr=rate)
+            # As many as take the same time, as in the results.
+            times = offline.longer(dataset, method, trial["critic_hidden"], base["critic_hidden"])
+            trial |= dict(total_updates=round(times * base["total_updates"]))
             result.append(trial)
     return result
 
@@ -126,7 +127,7 @@ def make(dataset: str) -> None:
 def run(dataset: str, trial: dict) -> dict | str:
     """One run of dom2.py, as a user would start it: its row, or what went wrong."""
     flags = [*assignments.SOURCE] if dataset == assignments.NAME else ["--dataset", dataset]
-    flags += [x for name, value in trial.items() if value != "" for x in ("--" + name.replace("_", "-"), str(value))]
+    flags += offline.as_flags({name: value for name, value in trial.items() if value != ""})
     if not trial["thresholds"]:
         flags += ["--no-reweight"]
     with tempfile.TemporaryDirectory() as folder:
