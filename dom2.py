@@ -179,7 +179,7 @@ ROBOT = dict(
 TAG_WORLD = dict(gamma=0.9, policy_lr=3e-3)
 TASKS = {"omar_simple_spread": dict(gamma=0.9), "omar_simple_tag": TAG_WORLD, "omar_simple_world": TAG_WORLD}
 TAG_WORLD_SPLITS = {
-    "random": dict(q_weight=4.0, critic_hidden=256),
+    "random": dict(q_weight=4.0),
     "random-medium": dict(q_weight=0.4, cql_weight=4.0),
     "medium-replay": dict(q_weight=0.4, cql_weight=4.0),
     "medium": dict(q_weight=0.2, cql_weight=4.0),
@@ -188,7 +188,7 @@ TAG_WORLD_SPLITS = {
 }
 SPLIT_PRESETS = {
     "omar_simple_spread": {
-        "random": dict(q_weight=120.0, cql_weight=0.5, critic_hidden=256, total_updates=6_000),
+        "random": dict(q_weight=120.0, cql_weight=0.5, total_updates=16_000, eval_every=2_000),
         "random-medium": dict(q_weight=10.0),
         "medium-replay": dict(q_weight=10.0),
         "medium": dict(q_weight=8.0),
