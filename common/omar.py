@@ -115,14 +115,15 @@ class Spread(Paced, simple_spread.Scenario):
 
 
 class Choice(simple_spread.Scenario):
-    """spread with six landmarks, of which three agents can cover any three. Not one of OMAR's, but by their rules. Observation [24].
+    """spread with six landmarks, of which three agents can cover any three. Not one of OMAR's, but by their rules. Observation [24]: as
+    in spread, but each agent sees the landmarks in the order of their distance to it, the nearest first.
 
     The landmarks stand on a ring of radius 0.6, 60 degrees apart, turned by up to 30 degrees either way; agents start in the middle, so
     that they have several good ways to go. They are small, lest contacts choose the way, and slow, 0.4 at most, so that it takes half of an
-    episode.
+    episode. In a fixed order a policy need not look: it learns the six directions in which landmarks are on average, and misses.
 
-    The shift "fewer" takes three of them away in each episode. Where an agent saw one of these it now sees one of those left, each
-    of which is then listed twice: what is observed keeps its size and its range.
+    The shift "fewer" takes three of them away in each episode. For each of these agents see one of those left once more: what is observed
+    keeps its size and its range.
     """
 
     shifted = False
@@ -148,6 +149,13 @@ class Choice(simple_spread.Scenario):
                 world.landmarks[gone].state.p_pos = world.landmarks[left].state.p_pos.copy()
 
     reward = Spread.reward
+
+    def observation(self, agent, world):
+        seen = super().observation(agent, world)  # [24] or, of E copies, [24, E]
+        places = seen[4:16].reshape(6, 2, *seen.shape[1:])
+        order = np.argsort((places**2).sum(1), 0)
+        seen[4:16] = np.take_along_axis(places, order[:, None], 0).reshape(seen[4:16].shape)
+        return seen
 
     def nearness(self, landmark, world):
         return getattr(landmark, "counts", 1.0) * Spread.nearness(self, landmark, world)

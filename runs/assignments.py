@@ -20,6 +20,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import torch
 import tyro
@@ -53,25 +54,27 @@ class Options:
     """runs side by side"""
 
 
-def walk(obs: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """obs [E, 3, O], places [E, 3, 2] relative to each agent -> forces: straight there with all force, and brake just before."""
-    wanted = 8.0 * target
-    wanted *= np.minimum(1.0, 0.8 / np.maximum(np.linalg.norm(wanted, axis=-1, keepdims=True), 1e-9))
-    return np.clip((wanted - 0.75 * obs[..., :2]) / 0.5, -1.0, 1.0)  # a force of 1 adds 0.5, a quarter of the velocity is lost
+def landmarks(envs: gym.vector.VectorEnv) -> tuple[np.ndarray, np.ndarray]:
+    """Where they are [E, 6, 2], and which of them are gone [E, 6]."""
+    all_six = envs.unwrapped.world.landmarks
+    return np.stack([x.state.p_pos.T for x in all_six], 1), np.stack(
+        [np.broadcast_to(x.counts == 0, envs.num_envs) for x in all_six], 1
+    )
 
 
-def choose(obs: np.ndarray, rng: np.random.Generator, best: int, gone: np.ndarray | bool = False) -> np.ndarray:
-    """obs [E, 3, O], landmarks that are gone [E, 6] -> landmark of each agent [E, 3]: one of the `best` assignments by the way in total."""
-    far = np.linalg.norm(obs[..., 4:16].reshape(*obs.shape[:2], 6, 2), axis=-1)  # [E, 3, 6]
-    far += 100.0 * np.broadcast_to(gone, (len(obs), 6))[:, None]
+def choose(obs: np.ndarray, places: np.ndarray, gone: np.ndarray, rng: np.random.Generator, best: int) -> np.ndarray:
+    """obs [E, 3, O] -> where each agent goes [E, 3, 2]: to its landmark in one of the `best` assignments by the way in total."""
+    far = np.linalg.norm(places[:, None] - obs[:, :, None, 2:4], axis=-1) + 100.0 * gone[:, None]  # [E, 3, 6]
     total = far[:, np.arange(3), ORDERS].sum(-1)  # [E, 120]
     rank = np.argsort(total, 1)[np.arange(len(obs)), rng.integers(best, size=len(obs))]
-    return ORDERS[rank]
+    return places[np.arange(len(obs))[:, None], ORDERS[rank]]
 
 
-def script(obs: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    places = obs[..., 4:16].reshape(*obs.shape[:2], 6, 2)
-    return walk(obs, np.take_along_axis(places, chosen[..., None, None], 2)[:, :, 0])
+def script(obs: np.ndarray, goal: np.ndarray) -> np.ndarray:
+    """obs [E, 3, O], goals [E, 3, 2] -> forces: straight there, slower near it."""
+    wanted = 2.0 * (goal - obs[..., 2:4])
+    wanted *= np.minimum(1.0, 0.8 / np.maximum(np.linalg.norm(wanted, axis=-1, keepdims=True), 1e-9))
+    return np.clip((wanted - 0.75 * obs[..., :2]) / 0.5, -1.0, 1.0)  # a force of 1 adds 0.5, a quarter of the velocity is lost
 
 
 def begins_with(rows: dict[str, list[np.ndarray]]) -> bool:
@@ -93,8 +96,8 @@ def make_data() -> None:
     rows = {name: [] for name in ("obs", "acs", "rews", "next_obs", "dones")}
     for step in range(25):
         if not step:
-            chosen = choose(obs, rng, BEST)
-        action = np.clip(script(obs, chosen) + NOISE * rng.standard_normal((EPISODES, 3, 2)), -1, 1)
+            goal = choose(obs, *landmarks(envs), rng, BEST)
+        action = np.clip(script(obs, goal) + NOISE * rng.standard_normal((EPISODES, 3, 2)), -1, 1)
         kicked = rng.random((EPISODES, 3, 1)) < KICKS
         action = np.where(kicked, rng.uniform(-1, 1, action.shape), action).astype(np.float32)
         next_obs, _, terminated, _, info = envs.step(action)
@@ -128,14 +131,14 @@ def players(methods: tuple[str, ...]) -> dict[str, dom2.DOM2]:
     return {method: offline.trained(paths[0].parent)[0] for method, paths in found.items() if paths}
 
 
-def script_returns(best: int, shift: str) -> np.ndarray:
-    """Of the script, over the fresh episodes. It knows which landmarks are gone, and decides for all three."""
+def script_returns(best: int, shift: str, alone: bool = False) -> np.ndarray:
+    """Of the script, over the fresh episodes. It knows which landmarks are gone, and decides for all three; or each agent decides `alone`."""
     envs, rng = make_vec(TASK, 1000, shift=shift), np.random.default_rng(7)
     obs, _ = envs.reset(seed=offline.FRESH)
-    gone = np.stack([np.broadcast_to(landmark.counts == 0, 1000) for landmark in envs.unwrapped.world.landmarks], 1)
-    chosen = choose(obs, rng, best, gone)
+    minds = [choose(obs, *landmarks(envs), rng, best) for _ in range(3)]
+    goal = np.stack([mind[:, i] for i, mind in enumerate(minds)], 1) if alone else minds[0]
     for _ in range(25):
-        obs, _, _, _, info = envs.step(script(obs, chosen))
+        obs, _, _, _, info = envs.step(script(obs, goal))
     return info["episode"]["r"]
 
 
@@ -152,12 +155,12 @@ def draw(first: dict[str, dom2.DOM2]) -> None:
         for axis, (name, agent) in zip(row, [("data", None), *first.items()]):
             obs, _ = envs.reset(seed=[offline.FRESH + 5000] * 40)
             generator, rng = torch.Generator().manual_seed(0), np.random.default_rng(0)
-            chosen, path = choose(obs, rng, BEST), [obs[..., 2:4]]
+            goal, path = choose(obs, *landmarks(envs), rng, BEST), [obs[..., 2:4]]
             if agent is None and shift:
                 axis.set_axis_off()
                 continue
             for _ in range(25):
-                obs = envs.step(script(obs, chosen) if agent is None else agent.act(obs, generator))[0]
+                obs = envs.step(script(obs, goal) if agent is None else agent.act(obs, generator))[0]
                 path.append(obs[..., 2:4])
             path = np.stack(path)  # [26, 40, 3, xy]
             for i in range(3):
@@ -187,8 +190,13 @@ def main() -> None:
     for shift in ("usual", "fewer"):
         for method in options.methods:
             print(f"{shift:6s} {method:22s} {offline.cell(offline.read_folder(RESULT / method, shift))}")
-        for name, best in (("script, some good way", 6 if shift == "fewer" else BEST), ("script, the shortest", 1)):
-            returns = script_returns(best, shift.replace("usual", ""))
+        some = 6 if shift == "fewer" else BEST
+        for name, best, alone in (
+            ("script, some good way", some, False),
+            ("script, each alone", some, True),
+            ("script, shortest", 1, False),
+        ):
+            returns = script_returns(best, shift.replace("usual", ""), alone)
             print(f"{shift:6s} {name:22s} {returns.mean():.1f}")
     agents = players(options.methods)
     if len(agents) == len(options.methods):

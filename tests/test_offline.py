@@ -108,21 +108,28 @@ def test_assignments():
     """Against brute force; the script reaches what it walks to."""
     envs, rng = make_vec(assignments.TASK, 60), np.random.default_rng(0)
     obs, _ = envs.reset(seed=0)
-    best = assignments.choose(obs, rng, 1)
+    places, gone = assignments.landmarks(envs)
+    assert places.shape == (60, 6, 2) and not gone.any()
+    index = lambda goal: (places[:, None] == goal[:, :, None]).all(-1).argmax(-1)  # of each agent's landmark [60, 3]
+    goal = assignments.choose(obs, places, gone, rng, 1)
+    best = index(goal)
     for e in range(60):
-        far = np.linalg.norm(obs[e, :, 4:16].reshape(3, 6, 2), axis=-1)
+        far = np.linalg.norm(places[e] - obs[e, :, None, 2:4], axis=-1)
         totals = {order: sum(far[i, k] for i, k in enumerate(order)) for order in itertools.permutations(range(6), 3)}
         assert totals[tuple(best[e])] == pytest.approx(min(totals.values()))
         assert len(set(best[e])) == 3
         ten = sorted(totals.values())[9]
         for _ in range(3):
-            assert totals[tuple(assignments.choose(obs, rng, 10)[e])] <= ten + 1e-6
-    many = np.array([assignments.choose(obs, rng, 10) for _ in range(40)])
+            assert totals[tuple(index(assignments.choose(obs, places, gone, rng, 10))[e])] <= ten + 1e-6
+    many = np.array([index(assignments.choose(obs, places, gone, rng, 10)) for _ in range(40)])
     assert np.mean([len({tuple(x) for x in many[:, e]}) for e in range(60)]) > 8  # several good ways from one start
     gone = np.tile([True, False, True, False, True, False], (60, 1))
-    assert (assignments.choose(obs, rng, 6, gone) % 2 == 1).all()
+    assert (index(assignments.choose(obs, places, gone, rng, 6)) % 2 == 1).all()
     for _ in range(25):
-        obs, _, _, _, info = envs.step(assignments.script(obs, best))
-    places = obs[..., 4:16].reshape(60, 3, 6, 2)
-    left = np.linalg.norm(np.take_along_axis(places, best[..., None, None], 2), axis=-1)
-    assert (left < 0.1).mean() > 0.95 and info["episode"]["r"].mean() > 680
+        obs, _, _, _, info = envs.step(assignments.script(obs, goal))
+    assert (np.linalg.norm(goal - obs[..., 2:4], axis=-1) < 0.1).mean() > 0.95 and info["episode"]["r"].mean() > 680
+    joint, alone = (assignments.script_returns(10, "", alone).mean() for alone in (False, True))
+    assert joint - alone > 30  # who decides for itself goes where another goes
+    few = make_vec(assignments.TASK, 8, shift="fewer")
+    few.reset(seed=0)
+    assert (assignments.landmarks(few)[1].sum(1) == 3).all()

@@ -49,7 +49,13 @@ def test_fewer_landmarks():
     np.testing.assert_array_equal(
         np.delete(before, np.s_[4:16], 2), np.delete(after, np.s_[4:16], 2)
     )  # the agents start where they did
-    ring = before[:, 0, 4:16].reshape(200, 6, 2) + before[:, 0, None, 2:4]
+    for seen in (before, after):  # the nearest first
+        far = np.linalg.norm(seen[..., 4:16].reshape(200, 3, 6, 2), axis=-1)
+        assert (np.diff(far) >= 0).all()
+    ring = np.stack([landmark.state.p_pos.T for landmark in usual.world.landmarks], 1)  # [E, 6, xy]
+    for i in range(3):  # each agent sees all of them
+        seen = before[:, i, 4:16].reshape(200, 6, 2) + before[:, i, None, 2:4]
+        np.testing.assert_allclose(np.sort(seen @ (1, 0.01), 1), np.sort(ring @ (1, 0.01), 1), atol=1e-6)
     np.testing.assert_allclose(np.linalg.norm(ring, axis=-1), 0.6, rtol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(ring - np.roll(ring, 1, 1), axis=-1), 0.6, rtol=1e-5)  # a hexagon
     turned = np.arctan2(ring[:, 0, 1], ring[:, 0, 0])
@@ -57,12 +63,12 @@ def test_fewer_landmarks():
     assert 0.29 < abs(before[..., 2:4]).max() <= 0.3
     pushed = usual.step(np.zeros((200, 3, 2), np.float32))[0][..., :2]  # small enough that contacts do not choose the way
     assert (np.linalg.norm(pushed, axis=-1) > 0.05).mean() < 0.25
-    landmarks = after[:, 0, 4:16].reshape(200, 6, 2)
+    landmarks = np.stack([landmark.state.p_pos.T for landmark in vec.world.landmarks], 1)
     same = (landmarks[:, :, None] == landmarks[:, None]).all(-1)
     assert (same.sum(2) == 2).all()  # each of three, twice
     counts = np.array([landmark.counts for landmark in vec.world.landmarks])
     assert (counts.sum(0) == 3).all() and 0.35 < counts.mean(1).min() and counts.mean(1).max() < 0.65  # any three
-    kept = (before[:, 0, 4:16] == after[:, 0, 4:16]).reshape(200, 6, 2).all(-1)
+    kept = (ring == landmarks).all(-1)
     np.testing.assert_array_equal(kept, counts.T == 1)  # those left stay where they were
     for env, number in ((usual, 6), (vec, 3)):
         env.world.agents[0].state.p_vel[:], env.world.agents[0].state.p_pos[:] = 0.0, 50.0
