@@ -1,6 +1,6 @@
 """Where expressiveness should pay: three agents, six landmarks, data with several good assignments; then three landmarks are gone.
 
-    python runs/assignments.py                      # makes the data, trains what is missing, evaluates, draws: an hour on two cores
+    python runs/assignments.py                      # makes the data, trains what is missing, evaluates, draws: ten minutes on two cores
     python runs/assignments.py --methods dom2       # a part of it
 
 The motivating example of the paper, as far as we know it. The data are episodes of a script on omar_simple_spread_6: at the start of each
@@ -36,7 +36,7 @@ DATA = ROOT / "datasets" / "data" / "simple_spread_6" / "assignments" / "seed_0_
 SOURCE = ["--dataset", str(DATA), "--env-id", TASK]
 RESULT = ROOT / "runs" / "results" / "assignments"
 # First guesses; runs/sweep.py --datasets omar_simple_spread_6-assignments would give DOM2 and the baseline five trials each.
-COMMON, UPDATES = "--gamma 0.9 --no-reweight --eval-every 1000", 8_000
+COMMON, UPDATES = "--gamma 0.9 --no-reweight --eval-every 1000", 4_000
 OWN = {"dom2": "--q-weight 0.1 --cql-weight 8", "deterministic": "--cql-weight 8"}
 EPISODES, BEST, NOISE, KICKS = 20_000, 10, 0.1, 0.1
 ORDERS = np.array(list(itertools.permutations(range(6), 3)))  # [120, 3] landmark of each agent

@@ -64,7 +64,7 @@ GUESS = {
 # ... and the rest by task.
 PARTICLES = dict(gamma=0.9, policy_lr=1e-3, q_lr=3e-3, total_updates=2_000)
 ROBOT = dict(gamma=0.99, policy_lr=1e-3, q_lr=1e-3, total_updates=2_000)
-ASSIGNMENTS = dict(q_weight=0.1, cql_weight=8.0, total_updates=4_000, thresholds=0)
+ASSIGNMENTS = dict(q_weight=0.1, cql_weight=8.0, total_updates=2_000, thresholds=0)
 NARROW, WIDE = 64, 256  # critics
 FACTOR = 4  # by which eta and zeta are changed
 
