@@ -134,7 +134,7 @@ class Args:
     solver_steps: int = 5
     """K, steps from noise to action"""
     q_weight: float = 1.0
-    """eta, weight of the critic's gradient against imitation; 0: imitation only. Deterministic policies, which do not imitate, have 1"""
+    """eta, weight of the critic's gradient against imitation; 0: imitation only, no critics. Deterministic policies have 1"""
     q_scale: Literal["spread", "mean"] = "spread"
     """what eta is measured in: how much Q varies over actions, or the mean of |Q| as in the paper, whose imitation loss weighs less (E6)"""
 
@@ -690,7 +690,7 @@ class DOM2(nn.Module):
         ]
 
     def update(self, batch: dict[str, Tensor], uniform: Tensor, next_noise=None, t=None, eps=None, noise=None) -> Logs:
-        """One update of critics, policies and averages."""
+        """One update of critics, if anybody asks them, policies and averages."""
         args = self.args
         guided = args.q_weight or args.policy == "deterministic"  # imitation alone asks no critic, and trains none
         loss, logs = 0.0, {}

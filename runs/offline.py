@@ -32,7 +32,8 @@ from common.envs import SHIFTS, check_shift, make_env, make_vec
 
 RESULT = ROOT / "runs" / "results" / "offline"
 METHODS = {"dom2": "", "cloning": "--q-weight 0", "deterministic": "--policy deterministic"}
-# Milliseconds of an update on one core, by the width of the critics: particle tasks, HalfCheetah.
+# Milliseconds of an update on one core of a shared virtual machine, 2026-11-20, by the width of the critics, for equal time to within a
+# sixth or so: particle tasks, HalfCheetah.
 COST = {"dom2": {64: 24.0, 256: 62.1}, "cloning": {64: 6.9, 256: 6.9}, "deterministic": {64: 8.0, 256: 46.0}}
 COST_ROBOT = {"dom2": {64: 28.0, 256: 56.0}, "cloning": {64: 5.6, 256: 5.6}, "deterministic": {64: 7.0, 256: 37.3}}
 # Where the preset is not what suits the deterministic policies; tag and world: from spread, not searched yet.
@@ -86,7 +87,9 @@ def train(dataset: str, method: str, fraction: float, seed: int, updates: int) -
         preset = dom2.preset(dataset)
         own = BASELINE.get(dataset, {}) if method == "deterministic" else {}
         times = longer(dataset, method, own.get("critic_hidden", preset.critic_hidden), preset.critic_hidden)
-        count, every = (round(times * x) for x in (updates or preset.total_updates, preset.eval_every))
+        evaluations = math.ceil((updates or preset.total_updates) / preset.eval_every)
+        every = round(times * (updates or preset.total_updates) / evaluations)
+        count = every * evaluations
         flags = ["--dataset", dataset, *METHODS[method].split(), *as_flags(own), "--data-fraction", str(fraction)]
         flags += ["--total-updates", str(count), "--eval-every", str(every)]
         complete(folder(dataset, method, fraction), seed, flags)

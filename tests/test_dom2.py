@@ -456,7 +456,7 @@ def test_an_update_moves_everything_that_learns(values, folder):
     still = [name for name, p in learner.named_parameters() if torch.equal(p, before[name])]
     critics = [name for name in before if "critic" in name]
     assert still == (critics if values.get("q_weight") == 0 else [])  # imitation alone has no use for them
-    assert all(value.isfinite() for value in logs.values())
+    assert all(value.isfinite() for value in logs.values()) and ("losses/td" in logs) == (not still)
     pairs = ((learner.slow_policy, learner.policy), (learner.slow_critic, learner.critic))
     for slow, fast in pairs[:1] if still else pairs:
         for (name, s), f in zip(slow.named_parameters(), fast.parameters()):
@@ -507,9 +507,9 @@ def test_a_whole_run(cli, tmp_path):
     assert float(row["normalized_score"]) == pytest.approx(100 * (float(row["return_mean"]) - 159.8) / (516.8 - 159.8))
     assert json.loads((run / "config.json").read_bytes())["args"]["policy_hidden"] == 16
     weights = torch.load(run / "checkpoint.pt", weights_only=True)["agent"]
-    for critic in ("critic", "slow_critic"):  # random play earns 160 in 25 steps, at gamma 0.95 worth about 128
+    for critic in ("critic", "slow_critic"):  # random play earns 160 in 25 steps, at gamma 0.9 worth about 64
         assert (
-            weights[f"{critic}.shift"].flatten().tolist() == pytest.approx([128] * 3, abs=15)
+            weights[f"{critic}.shift"].flatten().tolist() == pytest.approx([64] * 3, abs=8)
             and weights[f"{critic}.scale"].min() > 1.5
         )
     last = out.splitlines()[-2].split("return ")[1].split(" over")[0]

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from common.datasets import DataError, load_dataset
 from common.envs import make_vec
 from conftest import ROOT
 
@@ -102,6 +103,28 @@ def test_data_of_another_script_are_made_again(tmp_path, monkeypatch, capsys):
     assert [told(), told()] == [1, 0] and (np.load(assignments.DATA / "acs_1.npy") != before).any()
     (assignments.DATA / "rews_2.npy").unlink()
     assert [told(), told()] == [1, 0]
+
+
+@pytest.mark.parametrize("wrong", ["", "in the order of the ring", "one of them twice"])
+def test_landmarks_are_listed_nearest_first(tmp_path, monkeypatch, wrong):
+    folder = tmp_path / "simple_spread_6" / "assignments" / "seed_0_data"
+    monkeypatch.setattr(assignments, "DATA", folder)
+    monkeypatch.setattr(assignments, "EPISODES", 40)
+    assignments.make_data()
+    for name in ("obs_1", "next_obs_1") if wrong else ():
+        rows = np.load(folder / f"{name}.npy")
+        places = rows[:, 4:16].reshape(-1, 6, 2)
+        if wrong == "one of them twice":
+            places[:, 5] = places[:, 4]
+        else:
+            turn = np.argsort(np.arctan2(*(places + rows[:, None, 2:4]).T).T, 1)
+            places[:] = np.take_along_axis(places, turn[..., None], 1)
+        np.save(folder / f"{name}.npy", rows)
+    if wrong:
+        with pytest.raises(DataError, match="sees landmark"):
+            load_dataset(str(folder), 1.0, 1, assignments.TASK, 0)
+    else:
+        assert len(load_dataset(str(folder), 1.0, 1, assignments.TASK, 0).obs) == 1000
 
 
 def test_assignments():
