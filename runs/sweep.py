@@ -5,11 +5,11 @@
     python runs/sweep.py --best                                 # only the table of what is best, from the rows there are
 
 Each row of runs/results/dom2_sweep.csv is one run: what was set, and the return of its last policy on 400 episodes. Rows that are there
-are not run again, whatever the revision they were made at: what is not a column is the preset's of that revision. The
-runs' seed is 101, so that neither their batches nor the start states of their evaluations are those of the results shown in README.md
-(seeds 1 to 3). All trials on a data set take about the same time, and diffusion policies and the deterministic baseline get equally many: where eta is changed for the one,
-which the other does not know, the other's learning rate of the policies is. One seed each: differences of less than about ten in the
-return of spread are noise, and the best of several is a little lucky.
+are not run again, whatever the revision they were made at: what is not a column is the preset's of that revision. The runs' seed is 101,
+so that neither their batches nor the start states of their evaluations are those of the results shown in README.md (seeds 1 to 3). All
+trials on a data set take about the same time, and diffusion policies and the deterministic baseline get equally many: where eta is changed
+for the one, which the other does not know, the other's learning rate of the policies is. One seed each: differences of less than about ten
+in the return of spread are noise, and the best of several is a little lucky.
 """
 
 import concurrent.futures
@@ -72,14 +72,13 @@ FACTOR = 4  # by which eta and zeta are changed
 def trials(dataset: str, network: str) -> list[dict]:
     """What to try on a data set."""
     task, _, split = dataset.partition("-")
-    base = dict(network=network, thresholds=3, top_quantile=0.98, seed=101)
+    base = dict(network=network, thresholds=3, top_quantile=0.98, critic_hidden=NARROW, seed=101)
     base |= ROBOT if "cheetah" in task else PARTICLES
     if dataset == assignments.NAME:
         base |= ASSIGNMENTS
     else:
         base |= dict(zip(("q_weight", "cql_weight"), GUESS[task][split]))
     base |= dict(policy_lr=3e-3) if task in ("omar_simple_tag", "omar_simple_world") else {}
-    base |= dict(critic_hidden=NARROW)
     base |= dict(total_updates=6_000) if dataset == "omar_simple_spread-random" else {}  # after 2,000 all are in a dip
     changes = [{}, *({name: base[name] * f} for name in ("cql_weight", "q_weight") for f in (1 / FACTOR, FACTOR))]
     changes += [dict(critic_hidden=WIDE)]
