@@ -638,7 +638,7 @@ def _check_particles(folder: Path, env_id: str, files: dict, agents: int, rows: 
         place(world, seen)
         for i in everybody:
             off = np.abs(seen[i] - (expected := rules.observation(world.agents[i], world)))  # [O, rows]
-            if env_id == "omar_simple_spread_6":  # of two landmarks that are equally near, single precision decides which comes first
+            if env_id == "omar_simple_spread_6":  # which of two equally near landmarks comes first, single precision decides
                 listed, known = (x[4:16].reshape(6, 2, -1) for x in (seen[i], expected))
                 apart = np.abs(listed[:, None] - known).max(2)  # [6, 6, rows]
                 far = np.sqrt((listed**2).sum(1))  # [6, rows], should not fall
