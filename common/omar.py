@@ -157,6 +157,16 @@ class Choice(simple_spread.Scenario):
         seen[4:16] = np.take_along_axis(places, order[:, None], 0).reshape(seen[4:16].shape)
         return seen
 
+    def mismatch(self, seen, expected):
+        """How far observations [24, E] are from what they should be: which of two equally near landmarks comes first, rounding decides."""
+        off = np.abs(seen - expected)
+        listed, known = (x[4:16].reshape(6, 2, -1) for x in (seen, expected))
+        apart = np.abs(listed[:, None] - known).max(2)  # [6, 6, E]
+        far = np.sqrt((listed**2).sum(1))  # [6, E], should not fall
+        falls = np.maximum(np.maximum.accumulate(far, 0) - far, 0)
+        off[4:16] = np.repeat(np.maximum(apart.min(0), apart.min(1)) + falls, 2, 0)
+        return off
+
     def nearness(self, landmark, world):
         return getattr(landmark, "counts", 1.0) * Spread.nearness(self, landmark, world)
 

@@ -135,8 +135,8 @@ def script_returns(best: int, shift: str, alone: bool = False) -> np.ndarray:
     """Of the script, over the fresh episodes. It knows which landmarks are gone, and decides for all three; or each agent decides `alone`."""
     envs, rng = make_vec(TASK, 1000, shift=shift), np.random.default_rng(7)
     obs, _ = envs.reset(seed=offline.FRESH)
-    minds = [choose(obs, *landmarks(envs), rng, best) for _ in range(3)]
-    goal = np.stack([mind[:, i] for i, mind in enumerate(minds)], 1) if alone else minds[0]
+    decide = lambda: choose(obs, *landmarks(envs), rng, best)
+    goal = np.stack([decide()[:, i] for i in range(3)], 1) if alone else decide()
     for _ in range(25):
         obs, _, _, _, info = envs.step(script(obs, goal))
     return info["episode"]["r"]
