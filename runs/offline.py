@@ -73,7 +73,11 @@ def longer(dataset: str, method: str, critic_hidden: int, usual: int) -> float:
 
 
 def as_flags(values: dict) -> list[str]:
-    return [x for name, value in values.items() for x in ("--" + name.replace("_", "-"), str(value))]
+    flags = []
+    for name, value in values.items():
+        name = name.replace("_", "-")
+        flags += [f"--{name}" if value else f"--no-{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
+    return flags
 
 
 def find_run(dataset: str, method: str, fraction: float, seed: int) -> Path | None:

@@ -33,7 +33,7 @@ from common.datasets import SCORES, SPLITS
 
 RESULT = ROOT / "runs" / "results" / "dom2_sweep.csv"
 FLAGS = (
-    "policy", "network", "gamma", "q_weight", "cql_weight", "thresholds", "top_quantile", "critic_hidden", "policy_lr", "q_lr",
+    "policy", "network", "gamma", "q_weight", "cql_weight", "cql_own", "thresholds", "top_quantile", "critic_hidden", "policy_lr", "q_lr",
     "total_updates", "seed",
 )  # fmt: skip
 COLUMNS = ("dataset", *FLAGS, "return_mean", "return_std", "episodes", "seconds", "git_revision")
@@ -54,7 +54,7 @@ class Options:
 
 
 # First guesses, from trials: eta and zeta by split ...
-TAG_WORLD = dict(zip(SPLITS, ((4.0, 1.0), (0.4, 4.0), (0.4, 4.0), (0.2, 4.0), (0.1, 4.0), (0.05, 4.0))))
+TAG_WORLD = dict(zip(SPLITS, ((4.0, 1.0), (0.4, 16.0), (0.4, 16.0), (0.2, 16.0), (0.05, 16.0), (0.05, 16.0))))
 GUESS = {
     "omar_simple_spread": dict(zip(SPLITS, ((120.0, 0.5), (10.0, 1.0), (10.0, 1.0), (8.0, 1.0), (2.0, 2.0), (1.0, 2.0)))),
     "omar_simple_tag": TAG_WORLD,
@@ -62,9 +62,11 @@ GUESS = {
     "omar_halfcheetah_2x3": dict(zip(SPLITS, ((8.0, 8.0), (4.0, 8.0), (4.0, 8.0), (1.0, 8.0), (1.0, 8.0), (0.5, 8.0)))),
 }
 # ... and the rest by task.
-PARTICLES = dict(gamma=0.9, policy_lr=1e-3, q_lr=3e-3, total_updates=2_000)
-ROBOT = dict(gamma=0.99, policy_lr=1e-3, q_lr=1e-3, total_updates=2_000)
+PARTICLES = dict(gamma=0.9, policy_lr=1e-3, q_lr=3e-3, cql_own=False, total_updates=2_000)
+CHASES = dict(gamma=0.95, policy_lr=1e-2, cql_own=True)  # tag and world
+ROBOT = dict(gamma=0.99, policy_lr=1e-3, q_lr=1e-3, cql_own=True, total_updates=2_000)
 ASSIGNMENTS = dict(q_weight=0.1, cql_weight=8.0, total_updates=2_000, thresholds=0)
+BASELINE_LR = 1e-3  # of the deterministic policies
 NARROW, WIDE = 64, 256  # critics
 FACTOR = 4  # by which eta and zeta are changed
 
@@ -74,16 +76,17 @@ def trials(dataset: str, network: str) -> list[dict]:
     task, _, split = dataset.partition("-")
     base = dict(network=network, thresholds=3, top_quantile=0.98, critic_hidden=NARROW, seed=101)
     base |= ROBOT if "cheetah" in task else PARTICLES
+    base |= CHASES if task in ("omar_simple_tag", "omar_simple_world") else {}
+    base |= dict(policy_lr=3e-3, cql_own=False) if task in ("omar_simple_tag", "omar_simple_world") and split == "random" else {}
     if dataset == assignments.NAME:
         base |= ASSIGNMENTS
     else:
         base |= dict(zip(("q_weight", "cql_weight"), GUESS[task][split]))
-    base |= dict(policy_lr=3e-3) if task in ("omar_simple_tag", "omar_simple_world") else {}
     base |= dict(total_updates=6_000) if dataset == "omar_simple_spread-random" else {}  # after 2,000 all are in a dip
     changes = [{}, *({name: base[name] * f} for name in ("cql_weight", "q_weight") for f in (1 / FACTOR, FACTOR))]
-    changes += [dict(critic_hidden=WIDE)]
+    changes += [dict(critic_hidden=WIDE) if task == "omar_simple_spread" else dict(cql_own=not base["cql_own"])]
     if split in ("random", "medium") and "cheetah" not in task:
-        changes += [dict(gamma=0.95)]
+        changes += [dict(gamma=0.95 if base["gamma"] == 0.9 else 0.9)]
     if base["thresholds"]:
         changes += [dict(thresholds=8)]
     result = []
@@ -91,9 +94,7 @@ def trials(dataset: str, network: str) -> list[dict]:
         for change in changes:
             trial = base | change | dict(policy=policy)
             if policy == "deterministic":  # which has neither network nor eta
-                rate = base["policy_lr"] * {base["q_weight"] / FACTOR: 1 / 3, base["q_weight"] * FACTOR: 3}.get(
-                    trial["q_weight"], 1
-                )
+                rate = BASELINE_LR * {base["q_weight"] / FACTOR: 1 / 3, base["q_weight"] * FACTOR: 3}.get(trial["q_weight"], 1)
                 trial |= dict(network="", q_weight=1.0, policy_lr=rate)
             # As many as take the same time, as in the results.
             times = offline.longer(dataset, method, trial["critic_hidden"], base["critic_hidden"])
