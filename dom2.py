@@ -188,7 +188,7 @@ TAG_WORLD_SPLITS = {
 }
 SPLIT_PRESETS = {
     "omar_simple_spread": {
-        "random": dict(q_weight=120.0, cql_weight=0.5, total_updates=16_000, eval_every=2_000),
+        "random": dict(q_weight=480.0, cql_weight=0.5, total_updates=16_000, eval_every=2_000),
         "random-medium": dict(q_weight=10.0),
         "medium-replay": dict(q_weight=10.0),
         "medium": dict(q_weight=8.0),

@@ -38,6 +38,7 @@ COST = {"dom2": {64: 24.0, 256: 62.1}, "cloning": {64: 6.9, 256: 6.9}, "determin
 COST_ROBOT = {"dom2": {64: 28.0, 256: 56.0}, "cloning": {64: 5.6, 256: 5.6}, "deterministic": {64: 7.0, 256: 37.3}}
 # Where the preset is not what suits the deterministic policies; tag and world: from spread, not searched yet.
 BASELINE = {f"omar_simple_{task}-{split}": dict(policy_lr=1e-3) for task in ("tag", "world") for split in SPLITS} | {
+    "omar_simple_spread-random": dict(thresholds=8),
     "omar_simple_spread-medium": dict(cql_weight=0.25),
     "omar_simple_spread-expert": dict(cql_weight=0.5),
 }

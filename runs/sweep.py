@@ -2,7 +2,7 @@
 
     python runs/sweep.py                                        # every data set; about three hours on two cores
     python runs/sweep.py --datasets omar_simple_tag-expert      # one of them
-    python runs/sweep.py --best                                 # only the table of what is best, from the rows there are
+    python runs/sweep.py --show                                 # only the table of what there is
 
 Each row of runs/results/dom2_sweep.csv is one run: what was set, and the return of its last policy on 400 episodes. Rows that are there
 are not run again, whatever the revision they were made at: what is not a column is the preset's of that revision. The runs' seed is 101,
@@ -36,6 +36,10 @@ FLAGS = (
     "policy", "network", "gamma", "q_weight", "cql_weight", "cql_own", "thresholds", "top_quantile", "critic_hidden", "policy_lr", "q_lr",
     "total_updates", "seed",
 )  # fmt: skip
+SAID = {  # in the table: what was changed
+    "q_weight": "η", "cql_weight": "ζ", "policy_lr": "policy rate", "gamma": "γ", "thresholds": "thresholds", "cql_own": "own action",
+    "critic_hidden": "critics",
+}  # fmt: skip
 COLUMNS = ("dataset", *FLAGS, "return_mean", "return_std", "episodes", "seconds", "git_revision")
 
 
@@ -49,8 +53,8 @@ class Options:
     """runs side by side"""
     network: str = "unet"
     """of the diffusion policies"""
-    best: bool = False
-    """run nothing, show the best rows"""
+    show: bool = False
+    """run nothing, show the table of what there is"""
 
 
 # First guesses, from trials: eta and zeta by split ...
@@ -144,29 +148,42 @@ def run(dataset: str, trial: dict) -> dict | str:
     )
 
 
-def show_best(network: str) -> None:
-    """The best row of each data set and kind of policy."""
-    table: dict[tuple[str, str], list[dict]] = {}
-    found = rows()
-    asked = {key(dataset, trial) for dataset in {row["dataset"] for row in found} for trial in trials(dataset, network)}
-    for row in found:
-        if row_key(row) in asked:  # those of an older search are only a record
-            table.setdefault((row["dataset"], row["policy"]), []).append(row)
-    print("data set                       | policy        | trials | best ± standard error | with")
-    for (dataset, policy), found in table.items():
-        best = max(found, key=lambda row: float(row["return_mean"]))
-        error = float(best["return_std"]) / float(best["episodes"]) ** 0.5
-        settings = ", ".join(
-            f"{name} {best[name]}" for name in ("gamma", "q_weight", "cql_weight", "thresholds", "critic_hidden", "policy_lr")
-        )
-        print(f"{dataset:30s} | {policy:13s} | {len(found):6d} | {float(best['return_mean']):6.1f} ± {error:.1f} | {settings}")
+def star(dataset: str, policy: str, network: str) -> list[dict]:
+    """The rows of a search that there are; the first guess comes first."""
+    found = {row_key(row): row for row in rows()}
+    keys = [key(dataset, trial) for trial in trials(dataset, network) if trial["policy"] == policy]
+    return [found[k] for k in keys if k in found] if keys[0] in found else []
+
+
+def show(network: str) -> None:
+    """Every search as a line of a table: the return of the first guess, and what one change of it gave; in bold the best."""
+    print("| data set | policies | first guess | return ± standard error | one change, and the return then |\n|" + "---|" * 5)
+    for dataset in Options().datasets:
+        for policy in ("diffusion", "deterministic"):
+            if found := star(dataset, policy, network):
+                best = max(float(row["return_mean"]) for row in found)
+                stars = lambda row: "**" if float(row["return_mean"]) == best else ""
+                told = lambda row: f"{stars(row)}{float(row['return_mean']):.1f}{stars(row)}"
+                said = [name for name in SAID if policy == "diffusion" or name != "q_weight"]
+                guess = ", ".join(f"{SAID[name]} {short(found[0][name])}" for name in said)
+                error = float(found[0]["return_std"]) / float(found[0]["episodes"]) ** 0.5
+                changes = []
+                for row in found[1:]:
+                    name = next(name for name in FLAGS if name != "total_updates" and row[name] != found[0][name])
+                    changes.append(f"{SAID[name]} {short(row[name])}: {told(row)}")
+                print(f"| {dataset} | {policy} | {guess} | {told(found[0])} ± {error:.1f} | {'; '.join(changes)} |")
+
+
+def short(value: str) -> str:
+    """A number in few digits; "yes" or "no"."""
+    return {"True": "yes", "False": "no"}.get(value) or f"{float(value):.3g}"
 
 
 def main() -> None:
     options = tyro.cli(Options)
     known = {row_key(row) for row in rows()}
     todo = [(d, t) for d in options.datasets for t in trials(d, options.network) if key(d, t) not in known]
-    if not options.best:
+    if not options.show:
         for dataset in dict.fromkeys(dataset for dataset, _ in todo):
             make(dataset)  # here, lest two runs make it at once
         os.environ["OMP_NUM_THREADS"] = "1"
@@ -182,7 +199,7 @@ def main() -> None:
                         writer.writeheader()
                     writer.writerow(row)
                 print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
-    show_best(options.network)
+    show(options.network)
 
 
 if __name__ == "__main__":

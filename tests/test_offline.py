@@ -15,6 +15,7 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "runs"))
 import assignments
 import data_efficiency
+import dom2
 import generalization
 import offline
 import sweep
@@ -40,6 +41,23 @@ def test_a_search_changes_one_value_at_a_time_and_treats_both_kinds_alike():
             assert took == pytest.approx([ours[0]["total_updates"] * cost["dom2"][ours[0]["critic_hidden"]]] * len(took), rel=1e-2)
         assert len({t["q_weight"] for t in ours}) == 3 == len({t["policy_lr"] for t in baseline})
         assert all(trial["seed"] not in offline.Options().seeds for trial in found)
+
+
+def test_presets_are_trials_of_the_search_and_none_is_clearly_worse_than_the_best():
+    searched = 0
+    for dataset, policy in itertools.product(sweep.Options().datasets, ("diffusion", "deterministic")):
+        found = sweep.star(dataset, policy, "unet")
+        if not found or dataset == assignments.NAME:
+            continue
+        values = vars(dom2.preset(dataset)) | (offline.BASELINE.get(dataset, {}) if policy == "deterministic" else {})
+        names = set(sweep.SAID) - ({"q_weight"} if policy == "deterministic" else set())
+        mine = [row for row in found if all(sweep.short(row[name]) == sweep.short(str(values[name])) for name in names)]
+        assert len(mine) == 1, (dataset, policy)
+        best = max(found, key=lambda row: float(row["return_mean"]))
+        error = sum(float(row["return_std"]) ** 2 / float(row["episodes"]) for row in (best, mine[0])) ** 0.5
+        assert float(best["return_mean"]) - float(mine[0]["return_mean"]) <= 2 * error, (dataset, policy)
+        searched += 1
+    assert searched >= 6
 
 
 def test_the_share_of_data_at_which_a_level_is_passed():
