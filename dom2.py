@@ -176,16 +176,8 @@ ROBOT = dict(
     gamma=0.99, tau=0.005, q_lr=1e-3, total_updates=3_000, eval_episodes=10, cql_own=True, cql_weight=8.0,
     policy_hidden=64, critic_hidden=64,
 )  # fmt: skip
-TAG_WORLD = dict(gamma=0.9, policy_lr=3e-3)
-TASKS = {"omar_simple_spread": dict(gamma=0.9), "omar_simple_tag": TAG_WORLD, "omar_simple_world": TAG_WORLD}
-TAG_WORLD_SPLITS = {
-    "random": dict(q_weight=4.0),
-    "random-medium": dict(q_weight=0.4, cql_weight=4.0),
-    "medium-replay": dict(q_weight=0.4, cql_weight=4.0),
-    "medium": dict(q_weight=0.2, cql_weight=4.0),
-    "medium-expert": dict(q_weight=0.1, cql_weight=4.0),
-    "expert": dict(q_weight=0.05, cql_weight=4.0),
-}
+CHASE = dict(gamma=0.95, policy_lr=1e-2, cql_weight=16.0, cql_own=True)
+TASKS = {"omar_simple_spread": dict(gamma=0.9), "omar_simple_tag": CHASE, "omar_simple_world": CHASE}
 SPLIT_PRESETS = {
     "omar_simple_spread": {
         "random": dict(q_weight=480.0, cql_weight=0.5, total_updates=16_000, eval_every=2_000),
@@ -195,8 +187,22 @@ SPLIT_PRESETS = {
         "medium-expert": dict(q_weight=2.0, cql_weight=2.0),
         "expert": dict(q_weight=1.0, cql_weight=2.0),
     },
-    "omar_simple_tag": TAG_WORLD_SPLITS,
-    "omar_simple_world": TAG_WORLD_SPLITS,
+    "omar_simple_tag": {
+        "random": dict(policy_lr=3e-3, q_weight=1.0, cql_weight=1.0, cql_own=False),
+        "random-medium": dict(q_weight=0.4),
+        "medium-replay": dict(q_weight=0.4),
+        "medium": dict(q_weight=0.2),
+        "medium-expert": dict(q_weight=0.0125),
+        "expert": dict(q_weight=0.0125),
+    },
+    "omar_simple_world": {
+        "random": dict(policy_lr=3e-3, q_weight=4.0, cql_weight=0.25, cql_own=False),
+        "random-medium": dict(q_weight=0.4),
+        "medium-replay": dict(q_weight=0.4),
+        "medium": dict(q_weight=0.8),
+        "medium-expert": dict(q_weight=0.0125),
+        "expert": dict(q_weight=0.0125),
+    },
 }
 
 
