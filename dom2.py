@@ -188,7 +188,7 @@ SPLIT_PRESETS = {
         "expert": dict(q_weight=1.0, cql_weight=2.0),
     },
     "omar_simple_tag": {
-        "random": dict(policy_lr=3e-3, q_weight=1.0, cql_weight=1.0, cql_own=False),
+        "random": dict(policy_lr=3e-3, q_weight=1.0, cql_weight=1.0, cql_own=False, total_updates=8_000),
         "random-medium": dict(q_weight=0.4),
         "medium-replay": dict(q_weight=0.4),
         "medium": dict(q_weight=0.2),
@@ -196,7 +196,7 @@ SPLIT_PRESETS = {
         "expert": dict(q_weight=0.0125),
     },
     "omar_simple_world": {
-        "random": dict(policy_lr=3e-3, q_weight=4.0, cql_weight=0.25, cql_own=False),
+        "random": dict(policy_lr=3e-3, q_weight=4.0, cql_weight=0.25, cql_own=False, total_updates=8_000),
         "random-medium": dict(q_weight=0.4),
         "medium-replay": dict(q_weight=0.4),
         "medium": dict(q_weight=0.8),
