@@ -146,7 +146,7 @@ class Args:
     cql_actions: int = 10
     """M, uniform actions per state in the CQL term"""
     cql_own: bool = False
-    """the policies' own actions beside them, which the larger action spaces of robots need"""
+    """the policies' own actions beside them, which critics of robots and of chases need"""
 
     # --- speed ---
     q_rows: float = 0.5
@@ -190,7 +190,7 @@ SPLIT_PRESETS = {
     "omar_simple_tag": {
         "random": dict(policy_lr=3e-3, q_weight=1.0, cql_weight=1.0, cql_own=False, total_updates=8_000),
         "random-medium": dict(q_weight=0.4),
-        "medium-replay": dict(q_weight=0.4),
+        "medium-replay": dict(q_weight=0.4, thresholds=8),
         "medium": dict(q_weight=0.2),
         "medium-expert": dict(q_weight=0.0125),
         "expert": dict(q_weight=0.0125),
@@ -198,7 +198,7 @@ SPLIT_PRESETS = {
     "omar_simple_world": {
         "random": dict(policy_lr=3e-3, q_weight=4.0, cql_weight=0.25, cql_own=False, total_updates=8_000),
         "random-medium": dict(q_weight=0.4),
-        "medium-replay": dict(q_weight=0.4),
+        "medium-replay": dict(q_weight=0.4, thresholds=8),
         "medium": dict(q_weight=0.8),
         "medium-expert": dict(q_weight=0.0125),
         "expert": dict(q_weight=0.0125),
