@@ -43,6 +43,10 @@ def test_a_search_changes_one_value_at_a_time_and_treats_both_kinds_alike():
         assert all(trial["seed"] not in offline.Options().seeds for trial in found)
 
 
+def test_values_become_flags():
+    assert offline.as_flags(dict(cql_own=True, reweight=False, q_lr=0.1)) == ["--cql-own", "--no-reweight", "--q-lr", "0.1"]
+
+
 SEARCHED = {f"omar_simple_spread-{split}" for split in ("random", "medium", "expert")}
 SEARCHED |= {
     f"omar_simple_{task}-{split}" for task in ("tag", "world") for split in ("medium-replay", "medium", "medium-expert", "expert")
