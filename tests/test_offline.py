@@ -51,6 +51,7 @@ SEARCHED = {f"omar_simple_spread-{split}" for split in ("random", "medium", "exp
 SEARCHED |= {
     f"omar_simple_{task}-{split}" for task in ("tag", "world") for split in ("medium-replay", "medium", "medium-expert", "expert")
 }
+SEARCHED |= {"omar_simple_world-random-medium"}
 
 
 @pytest.mark.parametrize("dataset", sweep.Options().datasets)
