@@ -633,7 +633,6 @@ def _check_particles(folder: Path, env_id: str, files: dict, agents: int, rows: 
     obs, after, actions, rewards = read("obs"), read("next_obs"), read("acs"), read("rews")
     rules = SCENARIOS[env_id.removeprefix("omar_")]()
     world = rules.make_world()
-
     mismatch = getattr(rules, "mismatch", lambda seen, expected: np.abs(seen - expected))
 
     def check_sight(kind: str, seen: list[np.ndarray]) -> None:  # of positions and, by predators, the prey's velocity

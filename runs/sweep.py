@@ -162,9 +162,8 @@ def show(network: str) -> None:
     for dataset in Options().datasets:
         for policy in ("diffusion", "deterministic"):
             if found := star(dataset, policy, network):
-                best = max(float(row["return_mean"]) for row in found)
-                stars = lambda row: "**" if float(row["return_mean"]) == best else ""
-                told = lambda row: f"{stars(row)}{float(row['return_mean']):.1f}{stars(row)}"
+                best = max(found, key=lambda row: float(row["return_mean"]))
+                told = lambda row: f"**{float(row['return_mean']):.1f}**" if row is best else f"{float(row['return_mean']):.1f}"
                 said = [name for name in SAID if policy == "diffusion" or name != "q_weight"]
                 guess = ", ".join(f"{SAID[name]} {short(found[0][name])}" for name in said)
                 error = float(found[0]["return_std"]) / float(found[0]["episodes"]) ** 0.5
