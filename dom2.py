@@ -181,7 +181,7 @@ TASKS = {"omar_simple_spread": dict(gamma=0.9), "omar_simple_tag": CHASE, "omar_
 SPLIT_PRESETS = {
     "omar_simple_spread": {
         "random": dict(q_weight=480.0, cql_weight=0.5, total_updates=16_000, eval_every=2_000),
-        "random-medium": dict(q_weight=10.0),
+        "random-medium": dict(q_weight=10.0, cql_weight=0.25),
         "medium-replay": dict(q_weight=10.0),
         "medium": dict(q_weight=8.0),
         "medium-expert": dict(q_weight=2.0, cql_weight=2.0),
@@ -189,7 +189,7 @@ SPLIT_PRESETS = {
     },
     "omar_simple_tag": {
         "random": dict(policy_lr=3e-3, q_weight=1.0, cql_weight=1.0, cql_own=False, total_updates=8_000),
-        "random-medium": dict(q_weight=0.4),
+        "random-medium": dict(q_weight=0.4, thresholds=8),
         "medium-replay": dict(q_weight=0.4, thresholds=8),
         "medium": dict(q_weight=0.2),
         "medium-expert": dict(q_weight=0.0125),

@@ -39,9 +39,11 @@ COST_ROBOT = {"dom2": {64: 28.0, 256: 56.0}, "cloning": {64: 5.6, 256: 5.6}, "de
 # Where the preset is not what suits the deterministic policies. In tag and world their rate was searched around 1e-3.
 BASELINE = {f"omar_simple_{task}-{split}": dict(policy_lr=1e-3) for task in ("tag", "world") for split in SPLITS} | {
     "omar_simple_spread-random": dict(thresholds=8),
+    "omar_simple_spread-random-medium": dict(policy_lr=3e-3, cql_weight=1.0),
     "omar_simple_spread-medium": dict(cql_weight=0.25),
     "omar_simple_spread-expert": dict(cql_weight=0.5),
     "omar_simple_tag-random": dict(policy_lr=1e-3, thresholds=8),
+    "omar_simple_tag-random-medium": dict(policy_lr=1e-3, cql_weight=4.0, thresholds=3),
     "omar_simple_tag-medium-replay": dict(policy_lr=1e-3, cql_weight=4.0, thresholds=3),
     "omar_simple_tag-medium": dict(policy_lr=3e-3),
     "omar_simple_tag-expert": dict(policy_lr=3e-3),

@@ -55,7 +55,7 @@ class Options:
     network: str = "unet"
     """of the diffusion policies"""
     show: bool = False
-    """run nothing, show the table of all complete searches"""
+    """run nothing, show the table of complete searches"""
 
 
 # First guesses, from trials: eta and zeta by split ...
@@ -156,10 +156,10 @@ def star(dataset: str, policy: str, network: str) -> list[dict]:
     return [found[k] for k in keys] if set(keys) <= set(found) else []
 
 
-def show(network: str) -> None:
+def show(datasets: tuple[str, ...], network: str) -> None:
     """Every complete search as a line of a table: the return of the first guess, and what one change of it gave; in bold the best."""
     print("| data set | policies | first guess | return ± standard error | one change, and the return then |\n|" + "---|" * 5)
-    for dataset in Options().datasets:
+    for dataset in datasets:
         for policy in ("diffusion", "deterministic"):
             if found := star(dataset, policy, network):
                 best = max(found, key=lambda row: float(row["return_mean"]))
@@ -199,7 +199,7 @@ def main() -> None:
                         writer.writeheader()
                     writer.writerow(row)
                 print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
-    show(options.network)
+    show(options.datasets, options.network)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from common.datasets import DataError, load_dataset
+from common.datasets import SPLITS, DataError, load_dataset
 from common.envs import make_vec
 from conftest import ROOT
 
@@ -48,8 +48,8 @@ def test_values_become_flags():
 
 
 SEARCHED = {
-    *(f"omar_simple_spread-{split}" for split in ("random", "medium", "expert")),
-    *(f"omar_simple_tag-{split}" for split in ("medium-replay", "medium", "medium-expert", "expert")),
+    *(f"omar_simple_spread-{split}" for split in SPLITS),
+    *(f"omar_simple_tag-{split}" for split in ("random-medium", "medium-replay", "medium", "medium-expert", "expert")),
     *(f"omar_simple_world-{split}" for split in ("random-medium", "medium-replay", "medium", "medium-expert", "expert")),
 }
 
