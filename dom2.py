@@ -188,7 +188,7 @@ SPLIT_PRESETS = {
         "expert": dict(q_weight=1.0, cql_weight=2.0),
     },
     "omar_simple_tag": {
-        "random": dict(policy_lr=3e-3, q_weight=1.0, cql_weight=1.0, cql_own=False, total_updates=8_000),
+        "random": dict(policy_lr=3e-3, q_weight=4.0, cql_weight=1.0, total_updates=8_000),
         "random-medium": dict(q_weight=0.4, thresholds=8),
         "medium-replay": dict(q_weight=0.4, thresholds=8),
         "medium": dict(q_weight=0.2),

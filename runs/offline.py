@@ -42,7 +42,6 @@ BASELINE = {f"omar_simple_{task}-{split}": dict(policy_lr=1e-3) for task in ("ta
     "omar_simple_spread-random-medium": dict(policy_lr=3e-3, cql_weight=1.0),
     "omar_simple_spread-medium": dict(cql_weight=0.25),
     "omar_simple_spread-expert": dict(cql_weight=0.5),
-    "omar_simple_tag-random": dict(policy_lr=1e-3, thresholds=8),
     "omar_simple_tag-random-medium": dict(policy_lr=1e-3, cql_weight=4.0, thresholds=3),
     "omar_simple_tag-medium-replay": dict(policy_lr=1e-3, cql_weight=4.0, thresholds=3),
     "omar_simple_tag-medium": dict(policy_lr=3e-3),

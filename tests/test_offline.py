@@ -49,7 +49,7 @@ def test_values_become_flags():
 
 SEARCHED = {
     *(f"omar_simple_spread-{split}" for split in SPLITS),
-    *(f"omar_simple_tag-{split}" for split in ("random-medium", "medium-replay", "medium", "medium-expert", "expert")),
+    *(f"omar_simple_tag-{split}" for split in SPLITS),
     *(f"omar_simple_world-{split}" for split in ("random-medium", "medium-replay", "medium", "medium-expert", "expert")),
 }
 
