@@ -46,6 +46,7 @@ BASELINE = {f"omar_simple_{task}-{split}": dict(policy_lr=1e-3) for task in ("ta
     "omar_simple_tag-medium-replay": dict(policy_lr=1e-3, cql_weight=4.0, thresholds=3),
     "omar_simple_tag-medium": dict(policy_lr=3e-3),
     "omar_simple_tag-expert": dict(policy_lr=3e-3),
+    "omar_simple_world-random": dict(policy_lr=1e-3, gamma=0.9, cql_weight=1.0),
     "omar_simple_world-random-medium": dict(policy_lr=1e-3, cql_weight=4.0),
     "omar_simple_world-medium-replay": dict(policy_lr=1e-3, cql_weight=4.0, thresholds=3),
     "omar_simple_world-medium": dict(policy_lr=1e-3, thresholds=8),
