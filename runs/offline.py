@@ -33,7 +33,7 @@ from common.envs import SHIFTS, check_shift, make_env, make_vec
 RESULT = ROOT / "runs" / "results" / "offline"
 METHODS = {"dom2": "", "cloning": "--q-weight 0", "deterministic": "--policy deterministic"}
 # Milliseconds of an update on one core of a shared virtual machine, 2026-11-20, by the width of the critics, for equal time to within a
-# sixth or so: particle tasks, HalfCheetah.
+# quarter or so: particle tasks, HalfCheetah.
 COST = {"dom2": {64: 24.0, 256: 62.1}, "cloning": {64: 6.9, 256: 6.9}, "deterministic": {64: 8.0, 256: 46.0}}
 COST_ROBOT = {"dom2": {64: 28.0, 256: 56.0}, "cloning": {64: 5.6, 256: 5.6}, "deterministic": {64: 7.0, 256: 37.3}}
 # Where the preset is not what suits the deterministic policies. In tag and world their rate was searched around 1e-3.
