@@ -56,7 +56,7 @@ def test_presets_are_trials_of_the_search_and_none_is_clearly_worse_than_the_bes
     found = sweep.star(dataset, policy, "unet")
     assert bool(found) == (dataset in SEARCHED)
     if found:
-        values = vars(dom2.preset(dataset)) | (offline.BASELINE.get(dataset, {}) if policy == "deterministic" else {})
+        values = vars(dom2.preset(dataset)) | (offline.baseline(dataset) if policy == "deterministic" else {})
         names = set(sweep.FLAGS) - {"policy", "network", "total_updates", "seed"}
         names -= {"q_weight"} if policy == "deterministic" else set()
         mine = [row for row in found if all(sweep.short(row[name]) == sweep.short(str(values[name])) for name in names)]
