@@ -83,7 +83,7 @@ def trials(dataset: str, network: str) -> list[dict]:
     base |= ROBOT if "cheetah" in task else PARTICLES
     base |= CHASES if task in ("omar_simple_tag", "omar_simple_world") else {}
     if split == "random" and "cheetah" not in task:  # which takes longer
-        base |= dict(total_updates=6_000, cql_own=False, policy_lr=3e-3 if task == "omar_simple_tag" else 1e-3)
+        base |= dict(total_updates=6_000, cql_own=False, policy_lr=min(base["policy_lr"], 3e-3))
     if dataset == assignments.NAME:
         base |= ASSIGNMENTS
     else:
