@@ -81,8 +81,11 @@ def draw(rows: list[dict]) -> None:
     import matplotlib.pyplot as plt
 
     tasks = list(dict.fromkeys((row["dataset"].partition("-")[0], row["shift"]) for row in rows))
-    figure, axes = plt.subplots(1, len(tasks), figsize=(4.2 * len(tasks), 3.4), layout="constrained", squeeze=False)
-    for axis, (task, shift) in zip(axes[0], tasks):
+    columns, lines = min(3, len(tasks)), math.ceil(len(tasks) / 3)
+    figure, axes = plt.subplots(lines, columns, figsize=(4.2 * columns, 3.4 * lines), layout="constrained", squeeze=False)
+    for axis in axes.flat[len(tasks) :]:
+        axis.set_axis_off()
+    for axis, (task, shift) in zip(axes.flat, tasks):
         for k, method in enumerate(offline.METHODS):
             for i, split in enumerate(offline.SPLITS):
                 for where, face in (("usual", "none"), (shift, f"C{k}")):
