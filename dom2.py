@@ -146,7 +146,7 @@ class Args:
     cql_actions: int = 10
     """M, uniform actions per state in the CQL term"""
     cql_own: bool = False
-    """the policies' own actions beside them, which critics of robots and of chases need"""
+    """the policies' own actions beside them, which most critics of robots and of chases need"""
 
     # --- speed ---
     q_rows: float = 0.5
