@@ -4,9 +4,9 @@
     python runs/sweep.py --datasets omar_simple_tag-expert      # one of them
     python runs/sweep.py --show > runs/results/dom2_sweep.md    # only the table of all complete searches
 
-Each row of runs/results/dom2_sweep.csv is one run: what was set, and the return of its last policy on 400 episodes (20 of HalfCheetah). Rows that are there
-are not run again, whatever the revision they were made at: what is not a column is the preset's of that revision. Rows of other lengths or
-first guesses, from earlier searches, stay in the file and out of the table. The runs' seed is 101,
+Each row of runs/results/dom2_sweep.csv is one run: what was set, and the return of its last policy on 400 episodes (20 of HalfCheetah).
+Rows that are there are not run again, whatever the revision they were made at: what is not a column is the preset's of that revision. Rows
+of other lengths or first guesses, from earlier searches, stay in the file and out of the table. The runs' seed is 101,
 so that neither their batches nor the start states of their evaluations are those of the results shown in README.md (seeds 1 to 3). All
 trials on a data set take about the same time, and diffusion policies and the deterministic baseline get equally many: where eta is changed
 for the one, which the other does not know, the other's learning rate of the policies is. One seed each: differences of less than about ten
