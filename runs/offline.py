@@ -36,7 +36,8 @@ METHODS = {"dom2": "", "cloning": "--q-weight 0", "deterministic": "--policy det
 # quarter or so: particle tasks, HalfCheetah.
 COST = {"dom2": {64: 24.0, 256: 62.1}, "cloning": {64: 6.9, 256: 6.9}, "deterministic": {64: 8.0, 256: 46.0}}
 COST_ROBOT = {"dom2": {64: 28.0, 256: 56.0}, "cloning": {64: 5.6, 256: 5.6}, "deterministic": {64: 7.0, 256: 37.3}}
-# Where the preset is not what suits the deterministic policies, but for their rate in tag and world (`baseline`).
+# The deterministic policies: their rate, where the search found no other, and where else the preset is not what suits them.
+BASELINE_LR = 1e-3
 BASELINE = {
     "omar_simple_spread-random": dict(thresholds=8),
     "omar_simple_spread-random-medium": dict(policy_lr=3e-3, cql_weight=1.0),
@@ -51,7 +52,7 @@ BASELINE = {
     "omar_simple_world-medium-replay": dict(cql_weight=4.0, thresholds=3),
     "omar_simple_world-medium": dict(thresholds=8),
     "omar_simple_world-expert": dict(thresholds=8),
-    "omar_halfcheetah_2x3-random": dict(policy_lr=1e-3 / 3, cql_weight=8.0),
+    "omar_halfcheetah_2x3-random": dict(policy_lr=BASELINE_LR / 3, cql_weight=8.0),
     "omar_halfcheetah_2x3-random-medium": dict(cql_weight=2.0),
     "omar_halfcheetah_2x3-medium": dict(cql_weight=32.0, thresholds=3),
     "omar_halfcheetah_2x3-expert": dict(policy_lr=3e-3, cql_own=True),
@@ -88,9 +89,8 @@ def longer(dataset: str, method: str, critic_hidden: int, usual: int) -> float:
 
 
 def baseline(dataset: str) -> dict:
-    """What the deterministic policies have instead of the preset's. In tag and world their rate was searched around 1e-3."""
-    rate = dict(policy_lr=1e-3) if dataset.startswith(("omar_simple_tag-", "omar_simple_world-")) else {}
-    return rate | BASELINE.get(dataset, {})
+    """What the deterministic policies have instead of the preset's."""
+    return dict(policy_lr=BASELINE_LR) | BASELINE.get(dataset, {})
 
 
 def as_flags(values: dict) -> list[str]:

@@ -71,7 +71,6 @@ PARTICLES = dict(gamma=0.9, policy_lr=1e-3, q_lr=3e-3, cql_own=False, total_upda
 CHASES = dict(gamma=0.95, policy_lr=1e-2, cql_own=True)  # tag and world
 ROBOT = dict(gamma=0.99, policy_lr=1e-3, q_lr=1e-3, cql_own=True, total_updates=2_000)
 ASSIGNMENTS = dict(q_weight=0.1, cql_weight=8.0, total_updates=2_000, thresholds=0)
-BASELINE_LR = 1e-3  # of the deterministic policies
 NARROW, WIDE = 64, 256  # critics
 FACTOR = 4  # by which eta and zeta are changed
 
@@ -99,8 +98,8 @@ def trials(dataset: str, network: str) -> list[dict]:
         for change in changes:
             trial = base | change | dict(policy=policy)
             if policy == "deterministic":  # which has neither network nor eta
-                rate = BASELINE_LR * {base["q_weight"] / FACTOR: 1 / 3, base["q_weight"] * FACTOR: 3}.get(trial["q_weight"], 1)
-                trial |= dict(network="", q_weight=1.0, policy_lr=rate)
+                factor = {base["q_weight"] / FACTOR: 1 / 3, base["q_weight"] * FACTOR: 3}.get(trial["q_weight"], 1)
+                trial |= dict(network="", q_weight=1.0, policy_lr=offline.BASELINE_LR * factor)
             # As many as take the same time, as in the results.
             times = offline.longer(dataset, method, trial["critic_hidden"], base["critic_hidden"])
             trial |= dict(total_updates=round(times * base["total_updates"]))
