@@ -62,9 +62,29 @@ def test_presets_are_trials_of_the_search_and_none_is_clearly_worse_than_the_bes
         names -= {"q_weight"} if policy == "deterministic" else set()
         mine = [row for row in found if all(sweep.short(row[name]) == sweep.short(str(values[name])) for name in names)]
         assert len(mine) == 1
-        best = max(found, key=lambda row: float(row["return_mean"]))
+        best = sweep.best_of(found)
+        if len(sweep.returns(best)) > 1:
+            assert mine[0] is best
+            return
         error = sum(float(row["return_std"]) ** 2 / float(row["episodes"]) for row in (best, mine[0])) ** 0.5
         assert float(best["return_mean"]) - float(mine[0]["return_mean"]) <= 2 * error
+
+
+def test_where_trials_were_repeated_the_best_has_the_highest_mean_over_seeds(monkeypatch):
+    dataset = "omar_halfcheetah_2x3-expert"
+    ours = [trial for trial in sweep.trials(dataset, "unet") if trial["policy"] == "diffusion"]
+    row = lambda trial, value: {"dataset": dataset, **{name: str(trial[name]) for name in sweep.FLAGS}, "return_mean": str(value)}
+    found = [row(trial, value) for trial, value in zip(ours, (5, 0, 8, 7, 0, 6, 0), strict=True)]
+    monkeypatch.setattr(sweep, "rows", lambda: found)
+    assert sweep.best_of(found[:7]) is found[2]
+    repeats = sweep.again(dataset, "unet", 2)
+    assert [(t["cql_weight"], t["q_weight"], t["seed"]) for t in repeats] == [
+        (32.0, 0.5, 102), (32.0, 0.5, 103), (8.0, 0.125, 102), (8.0, 0.125, 103)
+    ]  # fmt: skip
+    found += [row(trial, value) for trial, value in zip(repeats, (3, 4, 4, 5))]
+    assert sweep.returns(found[2]) == [8, 3, 4] and sweep.returns(found[0]) == [5]
+    assert sweep.best_of(found[:7]) is found[3]  # not those of one seed, nor the luckiest
+    assert sweep.tell(found[3]) == "5.3 ± 1.5 (3)"
 
 
 def test_the_share_of_data_at_which_a_level_is_passed():
