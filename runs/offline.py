@@ -200,8 +200,8 @@ def show() -> None:
         + " | normalised | time and updates of each |\n|---|---|---|"
         + "---|" * 5
     )
-    order = {f"{env_id}-{split}": (env_id, i) for env_id in SCORES for i, split in enumerate(SPLITS)}
-    for dataset in sorted((path.name for path in RESULT.glob("*")), key=lambda name: order.get(name, (name, 0))):
+    order = [f"{env_id}-{split}" for env_id in SCORES for split in SPLITS]
+    for dataset in sorted((path.name for path in RESULT.glob("*")), key=lambda name: [*order, name].index(name)):
         fractions = {float(path.name.partition("-")[2] or 100) / 100 for path in (RESULT / dataset).glob("*")}
         for fraction in sorted(fractions, reverse=True):
             found = {method: read(dataset, method, fraction) for method in METHODS}

@@ -7,13 +7,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from common.datasets import SPLITS, DataError, load_dataset
-from common.envs import make_vec
+from common.envs import make_env, make_vec
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "runs"))
 import assignments
+import belief
 import data_efficiency
 import dom2
 import generalization
@@ -85,6 +87,31 @@ def test_where_trials_were_repeated_the_best_has_the_highest_mean_over_seeds(mon
     assert sweep.returns(found[2]) == [8, 3, 4] and sweep.returns(found[0]) == [5]
     assert sweep.best_of(found[:7]) is found[3]  # not those of one seed, nor the luckiest
     assert sweep.tell(found[3]) == "5.3 ± 1.5 (3)"
+
+
+def test_what_is_earned_counts_what_follows_and_the_belief_behind_the_end():
+    rewards = np.array([[1.0, 0.0], [2.0, 0.0], [4.0, 0.0]])
+    assert belief.to_go(rewards, 0.5, np.array([16.0, 8.0])).tolist() == [[5.0, 1.0], [8.0, 2.0], [12.0, 4.0]]
+
+
+@pytest.mark.parametrize("method", ["dom2", "deterministic"])
+def test_what_critics_believe_beside_what_their_policies_earn(method, tmp_path, monkeypatch):
+    env_id, kind = "omar_simple_spread", "diffusion" if method == "dom2" else method
+    agent = dom2.DOM2(make_env(env_id), dom2.Args(policy=kind, gamma=0.5), torch.device("cpu"))
+    with torch.no_grad():
+        agent.slow_critic.out.weight.zero_()
+    agent.slow_critic.shift.copy_(torch.tensor([[1.0], [2.0], [6.0]]))  # believed whatever happens: 3 on average
+    (tmp_path / "checkpoint.pt").touch()
+    data = SimpleNamespace(obs=np.zeros((10_000, 3, 18)), actions=np.zeros((10_000, 3, 2)))
+    monkeypatch.setattr(belief.offline, "find_run", lambda *_: tmp_path)
+    monkeypatch.setattr(belief.offline, "trained", lambda _: (agent, env_id))
+    monkeypatch.setattr(dom2, "open_data", lambda _: data)
+    row = belief.look("omar_simple_spread-medium", method, 1)
+    returns = dom2.evaluate(agent, make_vec(env_id, 200), offline.FRESH)
+    assert row["return_mean"] == pytest.approx(returns.mean(), abs=0.01)
+    assert row["believed"] == row["data"] == 3
+    # The sum over a step of its discounted rest is 2, but for what is behind the end, where 3 a step is believed to be 1.5 a step.
+    assert row["earned"] == pytest.approx(2 * returns.mean() / 25, rel=0.1)
 
 
 def test_the_share_of_data_at_which_a_level_is_passed():
