@@ -89,6 +89,15 @@ def test_where_trials_were_repeated_the_best_has_the_highest_mean_over_seeds(mon
     assert sweep.tell(found[3]) == "5.3 ± 1.5 (3)"
 
 
+def test_the_data_of_a_machine_come_before_the_card(tmp_path, monkeypatch):
+    monkeypatch.setattr(offline, "RESULT", tmp_path)
+    dataset = "omar_halfcheetah_2x3-medium-replay"
+    card = json.loads((ROOT / "datasets" / "cards" / f"{dataset}.json").read_text())
+    assert offline.data_return(dataset) == card["return"]["mean"]
+    offline.note_data(dataset, np.array([1.0, 4.0]))
+    assert offline.data_return(dataset) == 2.5 and np.isnan(offline.data_return("unheard-of"))
+
+
 def test_what_is_earned_counts_what_follows_and_the_belief_behind_the_end():
     rewards = np.array([[1.0, 0.0], [2.0, 0.0], [4.0, 0.0]])
     assert belief.to_go(rewards, 0.5, np.array([16.0, 8.0])).tolist() == [[5.0, 1.0], [8.0, 2.0], [12.0, 4.0]]
