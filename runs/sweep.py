@@ -69,7 +69,7 @@ GUESS = {
     "omar_simple_spread": dict(zip(SPLITS, ((120.0, 0.5), (10.0, 1.0), (10.0, 1.0), (8.0, 1.0), (2.0, 2.0), (1.0, 2.0)))),
     "omar_simple_tag": TAG_WORLD,
     "omar_simple_world": TAG_WORLD,
-    "omar_halfcheetah_2x3": dict(zip(SPLITS, ((8.0, 8.0), (4.0, 8.0), (4.0, 8.0), (1.0, 8.0), (1.0, 8.0), (0.5, 8.0)))),
+    "omar_halfcheetah_2x3": dict(zip(SPLITS, ((128.0, 8.0), (4.0, 8.0), (4.0, 8.0), (1.0, 8.0), (1.0, 8.0), (0.5, 8.0)))),
 }
 # ... and the rest by task.
 PARTICLES = dict(gamma=0.9, policy_lr=1e-3, q_lr=3e-3, cql_own=False, total_updates=2_000)
