@@ -206,9 +206,9 @@ SPLIT_PRESETS = {
     "omar_halfcheetah_2x3": {
         "random": dict(q_weight=8.0, cql_weight=32.0),
         "random-medium": dict(q_weight=4.0, cql_weight=32.0),
-        "medium-replay": dict(q_weight=4.0),
+        "medium-replay": dict(q_weight=4.0, cql_weight=2.0),
         "medium": dict(thresholds=8),
-        "expert": dict(q_weight=0.5, cql_own=False),
+        "expert": dict(q_weight=2.0),
     },
 }
 

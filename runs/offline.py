@@ -54,9 +54,10 @@ BASELINE = {
     "omar_simple_world-expert": dict(thresholds=8),
     "omar_halfcheetah_2x3-random": dict(policy_lr=BASELINE_LR / 3, cql_weight=8.0),
     "omar_halfcheetah_2x3-random-medium": dict(cql_weight=2.0),
+    "omar_halfcheetah_2x3-medium-replay": dict(cql_weight=8.0, thresholds=8),
     "omar_halfcheetah_2x3-medium": dict(cql_weight=32.0, thresholds=3),
     "omar_halfcheetah_2x3-medium-expert": dict(policy_lr=BASELINE_LR / 3),
-    "omar_halfcheetah_2x3-expert": dict(policy_lr=3e-3, cql_own=True),
+    "omar_halfcheetah_2x3-expert": dict(policy_lr=3e-3),
 }
 FRESH = 10**6  # seed of the fresh episodes
 
