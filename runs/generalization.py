@@ -23,15 +23,6 @@ SETTINGS = [
 ]
 
 
-def compare(ours: dict[int, float], theirs: dict[int, float]) -> str:
-    """win, tie or loss of the first; "" with fewer than two seeds of either."""
-    if min(len(ours), len(theirs)) < 2:
-        return ""
-    a, b = np.array(list(ours.values())), np.array(list(theirs.values()))
-    error = math.sqrt(a.var(ddof=1) / len(a) + b.var(ddof=1) / len(b))
-    return "tie" if abs(a.mean() - b.mean()) < 2 * error else "win" if a.mean() > b.mean() else "loss"
-
-
 def main() -> None:
     rows, against, best = [], [], []
     print(
@@ -44,7 +35,7 @@ def main() -> None:
         found = {method: offline.read(dataset, method, 1.0, shift) for method in offline.METHODS}
         if not any(found.values()):
             continue
-        verdicts = [compare(found["dom2"], found[other]) for other in ("cloning", "deterministic")]
+        verdicts = [offline.compare(found["dom2"], found[other]) for other in ("cloning", "deterministic")]
         print(
             f"| {dataset.removeprefix('omar_')}, {shift} | "
             + " | ".join(map(offline.cell, found.values()))
@@ -61,10 +52,7 @@ def main() -> None:
     print(f"best of all: dom2 in {best.count('dom2')} of {len(best)} settings")
     for k, other in enumerate(("cloning", "deterministic")):
         verdicts = [pair[k] for pair in against if pair[k]]
-        counts = ", ".join(
-            f"{verdicts.count(word)} {name}" for word, name in (("win", "wins"), ("tie", "ties"), ("loss", "losses"))
-        )
-        print(f"against {other}: {counts} in {len(verdicts)} of {len(SETTINGS)} settings with two seeds or more")
+        print(f"against {other}: {offline.tally(verdicts)} in {len(verdicts)} of {len(SETTINGS)} settings with two seeds or more")
     if rows:
         with (offline.RESULT.parent / "generalization.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, rows[0])

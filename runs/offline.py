@@ -211,14 +211,30 @@ def data_return(dataset: str) -> float:
     return json.loads(card.read_text())["return"]["mean"] if card.exists() else math.nan
 
 
+def compare(ours: dict[int, float], theirs: dict[int, float]) -> str:
+    """win, tie or loss of the first, by two standard errors over seeds; "" with fewer than two seeds of either."""
+    if min(len(ours), len(theirs)) < 2:
+        return ""
+    a, b = np.array(list(ours.values())), np.array(list(theirs.values()))
+    error = math.sqrt(a.var(ddof=1) / len(a) + b.var(ddof=1) / len(b))
+    return "tie" if abs(a.mean() - b.mean()) < 2 * error else "win" if a.mean() > b.mean() else "loss"
+
+
+def tally(verdicts: list[str]) -> str:
+    """How many of each."""
+    return ", ".join(f"{verdicts.count(word)} {words}" for word, words in (("win", "wins"), ("tie", "ties"), ("loss", "losses")))
+
+
 def show() -> None:
-    """Fresh returns of everything there is: mean ± standard deviation over seeds (number of seeds)."""
+    """Fresh returns of everything there is: mean ± standard deviation over seeds (number of seeds); how DOM2 fares against the other
+    two; and how often it does so with all data."""
     print(
         "| data set | share | data | "
         + " | ".join(METHODS)
-        + " | normalised | time and updates of each |\n|---|---|---|"
-        + "---|" * 5
+        + " | against them | normalised | time and updates of each |\n|---|---|---|"
+        + "---|" * 6
     )
+    against = []
     order = [f"{env_id}-{split}" for env_id in SCORES for split in SPLITS]
     for dataset in sorted((path.name for path in RESULT.glob("*")), key=lambda name: [*order, name].index(name)):
         fractions = {float(path.name.partition("-")[2] or 100) / 100 for path in (RESULT / dataset).glob("*/")}
@@ -229,7 +245,14 @@ def show() -> None:
             score = f"{normalize(np.mean(own), SCORES[env_id]):.0f}" if own and env_id in SCORES else ""
             took = "; ".join(minutes(dataset, method, fraction) for method in METHODS)
             cells = " | ".join(map(cell, found.values()))
-            print(f"| {dataset.removeprefix('omar_')} | {fraction:.0%} | {data:.0f} | {cells} | {score} | {took} |")
+            verdicts = [compare(found["dom2"], found[method]) for method in list(METHODS)[1:]]
+            if fraction == 1:
+                against.append(verdicts)
+            said = ", ".join(verdict or "–" for verdict in verdicts)
+            print(f"| {dataset.removeprefix('omar_')} | {fraction:.0%} | {data:.0f} | {cells} | {said} | {score} | {took} |")
+    print()
+    for method, verdicts in zip(list(METHODS)[1:], zip(*against)):
+        print(f"dom2 against {method}, all data: {tally(verdicts)}")
 
 
 def run(options: Options) -> None:

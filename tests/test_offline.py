@@ -133,7 +133,7 @@ def test_the_share_of_data_at_which_a_level_is_passed():
 
 
 def test_a_win_is_two_standard_errors():
-    compare = generalization.compare
+    compare = offline.compare
     assert compare({1: 10.0, 2: 12.0}, {1: 5.0, 2: 7.0}) == "win" and compare({1: 5.0, 2: 7.0}, {1: 10.0, 2: 12.0}) == "loss"
     assert compare({1: 10.0, 2: 12.0}, {1: 9.0, 2: 11.0}) == "tie"  # a difference of 1 with a standard error of 1.4
     assert (
