@@ -204,7 +204,7 @@ SPLIT_PRESETS = {
         "expert": dict(q_weight=0.0125),
     },
     "omar_halfcheetah_2x3": {
-        "random": dict(q_weight=8.0, cql_weight=32.0),
+        "random": dict(q_weight=128.0, cql_weight=32.0),
         "random-medium": dict(q_weight=4.0, cql_weight=32.0),
         "medium-replay": dict(q_weight=4.0, cql_weight=2.0),
         "medium": dict(thresholds=8),
