@@ -221,8 +221,9 @@ def compare(ours: dict[int, float], theirs: dict[int, float]) -> str:
 
 
 def tally(verdicts: list[str]) -> str:
-    """How many of each."""
-    return ", ".join(f"{verdicts.count(word)} {words}" for word, words in (("win", "wins"), ("tie", "ties"), ("loss", "losses")))
+    """How many of each there are."""
+    counts = [(verdicts.count(word), word, words) for word, words in (("win", "wins"), ("tie", "ties"), ("loss", "losses"))]
+    return ", ".join(f"{count} {word if count == 1 else words}" for count, word, words in counts if count)
 
 
 def show() -> None:
@@ -247,12 +248,14 @@ def show() -> None:
             cells = " | ".join(map(cell, found.values()))
             verdicts = [compare(found["dom2"], found[method]) for method in list(METHODS)[1:]]
             if fraction == 1:
-                against.append(verdicts)
+                against.append((dataset.removeprefix("omar_").partition("-")[0], verdicts))
             said = ", ".join(verdict or "–" for verdict in verdicts)
             print(f"| {dataset.removeprefix('omar_')} | {fraction:.0%} | {data:.0f} | {cells} | {said} | {score} | {took} |")
-    print()
-    for method, verdicts in zip(list(METHODS)[1:], zip(*against)):
-        print(f"dom2 against {method}, all data: {tally(verdicts)}")
+    tasks = list(dict.fromkeys(task for task, _ in against))
+    print("\nWith all data:\n\n| dom2 against | " + " | ".join(tasks) + " | all |\n|---|" + "---|" * (len(tasks) + 1))
+    for k, method in enumerate(list(METHODS)[1:]):
+        parts = [tally([verdicts[k] for task, verdicts in against if one in ("", task)]) for one in (*tasks, "")]
+        print(f"| {method} | {' | '.join(parts)} |")
 
 
 def run(options: Options) -> None:

@@ -140,6 +140,7 @@ def test_a_win_is_two_standard_errors():
         compare({1: 10.0, 2: 12.0}, {1: 8.0, 2: 10.0}) == "tie" and compare({1: 10.0, 2: 12.0}, {1: 7.0, 2: 9.0}) == "win"
     )  # 1.4 and 2.1
     assert compare({1: 10.0}, {1: 5.0, 2: 7.0}) == "" == compare({}, {})
+    assert offline.tally(["win", "loss", "", "win"]) == "2 wins, 1 loss"
     assert len(generalization.SETTINGS) == 30 == len(set(generalization.SETTINGS))
 
 
