@@ -2,20 +2,24 @@
 
     python runs/belief.py --datasets omar_halfcheetah_2x3-random        # of runs that are there with their checkpoint.pt
 
-A table, and a row of runs/results/belief.csv per run. All numbers are means over agents and over the steps of fresh episodes that the
-run's last policies play: `believed`, the smaller of the two critics' values of what they do; `earned`, the discounted rewards that did
-follow, and behind the end of the episode once more the critics' belief; `data`, what the critics believe of the actions in the data;
-`action`, the mean size of an action's components, and `at the edge`, the share of them beyond 0.99.
+A table, and a row of runs/results/belief.csv per run. A critic's belief is the smaller of the two averaged critics' values. Means over
+agents and over the steps of fresh episodes that the run's last policies play: `believed` of what they do there, and what they `earned`, the
+discounted rewards that did follow; behind the end of an episode that is the critics' belief once more, with a mean weight of `end`.
+`action` is the mean size of an action's components, `edge` the share of them beyond 0.99. Means over 10,000 rows of the data: what the
+critics believe of the actions in them (`data`) and of the policies' own instead (`own`).
 """
 
 import csv
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import offline
 import torch
 import tyro
 
+from common.datasets import Dataset
 from common.envs import make_vec
 
 dom2 = offline.dom2
@@ -24,19 +28,19 @@ RESULT = offline.ROOT / "runs" / "results" / "belief.csv"
 
 @dataclass(frozen=True)
 class Options:
-    """Which runs to look at."""
+    """Which runs to look at; those without a checkpoint.pt are left out."""
 
     datasets: tuple[str, ...]
     """names of data sets"""
-    methods: tuple[str, ...] = ("dom2", "deterministic")
-    """of dom2 and deterministic; imitation has no critics"""
+    methods: tuple[Literal["dom2", "deterministic"], ...] = ("dom2", "deterministic")
+    """imitation has no critics"""
     seeds: tuple[int, ...] = (1, 2, 3)
     """seeds of training"""
 
 
 @torch.no_grad()
 def believe(agent: dom2.DOM2, obs: np.ndarray, action: np.ndarray) -> np.ndarray:
-    """The smaller of the two averaged critics' values: obs [E, N, O], action [E, N, A] -> [E, N]."""
+    """obs [E, N, O], action [E, N, A] -> [E, N]."""
     obs = ((torch.from_numpy(obs) - agent.obs_mean) / agent.obs_std).transpose(0, 1)
     return agent.slow_critic(obs, torch.from_numpy(action).transpose(0, 1)).amin(0).T.numpy()
 
@@ -49,13 +53,10 @@ def to_go(rewards: np.ndarray, gamma: float, end: np.ndarray) -> np.ndarray:
     return result
 
 
-def look(dataset: str, method: str, seed: int) -> dict | None:
-    """The row of a finished run."""
-    run = offline.find_run(dataset, method, 1.0, seed)
-    if not run or not (run / "checkpoint.pt").exists():
-        return None
+def look(run: Path, data: Dataset) -> dict[str, float]:
+    """The numbers of a finished run."""
     agent, env_id = offline.trained(run)
-    envs = make_vec(env_id, 10 if "cheetah" in env_id else 200)
+    envs, gamma = make_vec(env_id, 10 if "cheetah" in env_id else 200), agent.args.gamma
     generator = torch.Generator().manual_seed(offline.FRESH)
     obs, _ = envs.reset(seed=offline.FRESH)
     believed, rewards, actions, over = [], [], [], False
@@ -64,17 +65,27 @@ def look(dataset: str, method: str, seed: int) -> dict | None:
         believed.append(believe(agent, obs, actions[-1]))
         obs, _, terminated, truncated, info = envs.step(actions[-1])
         rewards.append(info["agent_rewards"].astype(np.float64))
-        over = (terminated | truncated).all()  # tasks of offline data end by their time limit only
-    earned = to_go(np.array(rewards), agent.args.gamma, believe(agent, obs, agent.act(obs, generator)))
-    data = dom2.open_data(dom2.preset(dataset))
-    rows = np.random.default_rng(0).choice(len(data.obs), 10_000, replace=False)
-    rows.sort()
-    of_data = believe(agent, np.asarray(data.obs[rows], np.float32), np.clip(data.actions[rows], -1, 1).astype(np.float32))
+        over = (terminated | truncated).all()  # the tasks of offline data end by their time limit only, all at once
+    earned = to_go(np.array(rewards), gamma, believe(agent, obs, agent.act(obs, generator)))
+    weight = to_go(np.zeros(len(rewards)), gamma, 1.0)
+    rows = np.sort(np.random.default_rng(0).choice(len(data.obs), min(10_000, len(data.obs)), replace=False))
+    seen, done = np.asarray(data.obs[rows], np.float32), np.clip(data.actions[rows], -1, 1).astype(np.float32)
     size = np.abs(actions)
-    return dict(
-        dataset=dataset, method=method, seed=seed, return_mean=round(float(np.sum(rewards, 0).mean()), 2), believed=round(np.mean(believed), 2),
-        earned=round(earned.mean(), 2), data=round(of_data.mean(), 2), action=round(size.mean(), 3), at_the_edge=round((size > 0.99).mean(), 3),
+    found = dict(
+        return_mean=np.sum(rewards, 0).mean(), believed=np.mean(believed), earned=earned.mean(), end=np.mean(weight),
+        data=believe(agent, seen, done).mean(), own=believe(agent, seen, agent.act(seen, generator)).mean(), action=size.mean(),
+        edge=(size > 0.99).mean(),
     )  # fmt: skip
+    return {name: round(float(value), 3) for name, value in found.items()}
+
+
+def write(rows: list[dict]) -> None:
+    scratch = RESULT.with_suffix(".tmp")
+    with scratch.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    scratch.rename(RESULT)
 
 
 def main() -> None:
@@ -82,18 +93,19 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = list(csv.DictReader(RESULT.open())) if RESULT.exists() else []
     for dataset in options.datasets:
-        for method in options.methods:
-            for seed in options.seeds:
-                if row := look(dataset, method, seed):
-                    same = lambda old: all(str(old[name]) == str(row[name]) for name in ("dataset", "method", "seed"))
-                    rows = [old for old in rows if not same(old)] + [row]
-    with RESULT.with_suffix(".tmp").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0] if rows else [])
-        writer.writeheader()
-        writer.writerows(rows)
-    RESULT.with_suffix(".tmp").rename(RESULT)
+        found = [(m, s, offline.find_run(dataset, m, 1.0, s)) for m in options.methods for s in options.seeds]
+        found = [(method, seed, run) for method, seed, run in found if run and (run / "checkpoint.pt").exists()]
+        if not found:
+            print(f"{dataset}: no finished run with its checkpoint.pt; runs/offline.py makes some")
+            continue
+        data = dom2.open_data(dom2.preset(dataset))
+        offline.note_data(dataset, data.returns)  # which stops if the runs had other data
+        for method, seed, run in found:
+            row = {"dataset": dataset, "method": method, "seed": str(seed)} | look(run, data)
+            rows = [old for old in rows if any(old[name] != row[name] for name in ("dataset", "method", "seed"))] + [row]
+            write(rows)
     if rows:
-        print("| " + " | ".join(name.replace("_", " ") for name in rows[0]) + " |\n|" + "---|" * len(rows[0]))
+        print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
     for row in rows:
         print("| " + " | ".join(map(str, row.values())) + " |")
 

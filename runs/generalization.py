@@ -6,7 +6,7 @@ HalfCheetah).
 
 Nothing is trained for it: policies learn from the usual data (runs/offline.py) and are evaluated, without learning, where every agent has
 a pace of its own (particle tasks) or where the body is another one in every episode (HalfCheetah: random, extreme). A win is a
-difference of two standard errors or more, counted over the seeds of training; less is a tie. With three seeds each, two equal methods would
+difference of more than two standard errors, counted over the seeds of training; less is a tie. With three seeds each, two equal methods would
 be called different in 12 to 18 % of the settings. "Best of all" counts the highest mean, whatever the errors, as the paper does. Written: generalization.csv and
 generalization.png in runs/results/.
 """

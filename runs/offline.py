@@ -8,13 +8,14 @@ Every run has the preset of its data set, but for what suits the baseline better
 the others, whose updates are cheaper, make so many more (`COST`) that they take about as long: the table has the minutes of each. A run's
 last policy is then evaluated over 1000 episodes (50 of HalfCheetah) whose seed no run and no search used: fresh.csv in the run's folder,
 one row for the usual environment and one for each of its shifts. Everything is kept in
-runs/results/offline/<data set>/<method>[-<percent>]/; an interrupted run is gone on with.
+runs/results/offline/<data set>/<method>[-<percent>]/, beside data.json, what the data earn; an interrupted run is gone on with.
 """
 
 import concurrent.futures
 import csv
 import json
 import math
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -195,12 +196,19 @@ def minutes(dataset: str, method: str, fraction: float) -> str:
 
 
 def note_data(dataset: str, returns: np.ndarray) -> None:
-    """Keeps what the data of these runs earn: HalfCheetah's, made on another machine, are others than the card's."""
+    """Keeps what the data of these runs earn: HalfCheetah's, made on another machine, are others than the card's. Stops if there are runs
+    on other data."""
     path = RESULT / dataset / "data.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     mean, std = (round(float(value), 2) for value in (returns.mean(), returns.std()))
-    path.with_suffix(".tmp").write_text(json.dumps({"return_mean": mean, "return_std": std, "episodes": len(returns)}) + "\n")
-    path.with_suffix(".tmp").rename(path)
+    told = {"return_mean": mean, "return_std": std, "episodes": len(returns)}
+    if path.exists() and json.loads(path.read_text()) != told and any(path.parent.glob("*/*/fresh.csv")):
+        raise SystemExit(
+            f"{path.parent} has runs on other data: theirs earn {data_return(dataset):.2f}, those here {mean:.2f}; delete it to start anew"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f"data.json.{os.getpid()}.tmp")
+    scratch.write_text(json.dumps(told) + "\n")
+    scratch.rename(path)
 
 
 def data_return(dataset: str) -> float:
@@ -217,13 +225,13 @@ def compare(ours: dict[int, float], theirs: dict[int, float]) -> str:
         return ""
     a, b = np.array(list(ours.values())), np.array(list(theirs.values()))
     error = math.sqrt(a.var(ddof=1) / len(a) + b.var(ddof=1) / len(b))
-    return "tie" if abs(a.mean() - b.mean()) < 2 * error else "win" if a.mean() > b.mean() else "loss"
+    return "tie" if abs(a.mean() - b.mean()) <= 2 * error else "win" if a.mean() > b.mean() else "loss"
 
 
 def tally(verdicts: list[str]) -> str:
     """How many of each there are."""
     counts = [(verdicts.count(word), word, words) for word, words in (("win", "wins"), ("tie", "ties"), ("loss", "losses"))]
-    return ", ".join(f"{count} {word if count == 1 else words}" for count, word, words in counts if count)
+    return ", ".join(f"{count} {word if count == 1 else words}" for count, word, words in counts if count) or "none"
 
 
 def show() -> None:
@@ -232,12 +240,12 @@ def show() -> None:
     print(
         "| data set | share | data | "
         + " | ".join(METHODS)
-        + " | against them | normalised | time and updates of each |\n|---|---|---|"
+        + " | against these two | normalised | time and updates of each |\n|---|---|---|"
         + "---|" * 6
     )
     against = []
     order = [f"{env_id}-{split}" for env_id in SCORES for split in SPLITS]
-    for dataset in sorted((path.name for path in RESULT.glob("*")), key=lambda name: [*order, name].index(name)):
+    for dataset in sorted((path.name for path in RESULT.glob("*")), key=lambda name: ([*order, name].index(name), name)):
         fractions = {float(path.name.partition("-")[2] or 100) / 100 for path in (RESULT / dataset).glob("*/")}
         for fraction in sorted(fractions, reverse=True):
             found = {method: read(dataset, method, fraction) for method in METHODS}

@@ -1,5 +1,6 @@
 """The scripts that make and compare the offline results."""
 
+import csv
 import itertools
 import json
 import sys
@@ -67,9 +68,21 @@ def test_presets_are_trials_of_the_search_and_none_is_clearly_worse_than_the_bes
         best = sweep.best_of(found)
         if len(sweep.returns(best)) > 1:
             assert mine[0] is best
-            return
-        error = sum(float(row["return_std"]) ** 2 / float(row["episodes"]) for row in (best, mine[0])) ** 0.5
-        assert float(best["return_mean"]) - float(mine[0]["return_mean"]) <= 2 * error
+        else:
+            error = sum(float(row["return_std"]) ** 2 / float(row["episodes"]) for row in (best, mine[0])) ** 0.5
+            assert float(best["return_mean"]) - float(mine[0]["return_mean"]) <= 2 * error
+
+
+def test_results_were_made_with_the_presets_of_today():
+    found = [p for p in offline.RESULT.glob("*/*/*/config.json") if p.parts[-3].partition("-")[0] != "cloning"]
+    assert len(found) > 100
+    for path in found:
+        dataset, method = path.parts[-4], path.parts[-3].partition("-")[0]
+        wanted = vars(dom2.preset(dataset)) | (offline.baseline(dataset) if method == "deterministic" else {})
+        used = json.loads(path.read_text())["args"]
+        names = "gamma cql_weight cql_own thresholds top_quantile critic_hidden policy_hidden policy_lr q_lr".split()
+        for name in (*names, *(["q_weight", "total_updates"] if method == "dom2" else [])):
+            assert used[name] == pytest.approx(wanted[name]), (path, name)
 
 
 def test_where_trials_were_repeated_the_best_has_the_highest_mean_over_seeds(monkeypatch):
@@ -87,6 +100,34 @@ def test_where_trials_were_repeated_the_best_has_the_highest_mean_over_seeds(mon
     assert sweep.returns(found[2]) == [8, 3, 4] and sweep.returns(found[0]) == [5]
     assert sweep.best_of(found[:7]) is found[3]  # not those of one seed, nor the luckiest
     assert sweep.tell(found[3]) == "5.3 ± 1.5 (3)"
+    assert sweep.best_of(found[:4]) is found[3]
+    found[1]["return_mean"] = "9"
+    assert sweep.best_of([found[1], found[3]]) is found[1]  # one with all seeds has no rival yet
+    base = [trial for trial in sweep.trials(dataset, "unet") if trial["policy"] == "deterministic"]
+    found = [row(trial, value) for trial, value in zip(base, (-20, 100, 9, 0, 0, 0, 0), strict=True)]
+    assert {(t["cql_weight"], t["policy"]) for t in sweep.again(dataset, "unet", 1)} == {(2.0, "deterministic")}
+    assert sweep.again(dataset, "unet", 0) == sweep.again(dataset, "unet", -1) == []
+
+
+def test_a_search_runs_what_is_missing_and_then_its_best_again(monkeypatch, tmp_path):
+    monkeypatch.setattr(sweep, "RESULT", tmp_path / "sweep.csv")
+    monkeypatch.setattr(sweep, "make", lambda _: None)
+    done = []
+
+    def run(dataset, trial):
+        done.append(trial)
+        value = trial["cql_weight"] + (trial["policy"] == "diffusion") * trial["q_weight"]
+        return {"dataset": dataset} | trial | dict(return_mean=value, return_std=1.0, episodes=20, seconds=1.0, git_revision="")
+
+    monkeypatch.setattr(sweep, "run", run)
+    monkeypatch.setattr(
+        sys, "argv", ["sweep.py", "--datasets", *["omar_halfcheetah_2x3-medium"] * 2, "--repeat", "1", "--jobs", "1"]
+    )
+    sweep.main()
+    assert [trial["seed"] for trial in done] == [101] * 14 + [102, 103] * 2
+    assert {(t["policy"], t["cql_weight"]) for t in done[14:]} == {("diffusion", 32.0), ("deterministic", 32.0)}
+    sweep.main()  # all rows are there
+    assert len(done) == 18
 
 
 def test_the_data_of_a_machine_come_before_the_card(tmp_path, monkeypatch):
@@ -96,6 +137,11 @@ def test_the_data_of_a_machine_come_before_the_card(tmp_path, monkeypatch):
     assert offline.data_return(dataset) == card["return"]["mean"]
     offline.note_data(dataset, np.array([1.0, 4.0]))
     assert offline.data_return(dataset) == 2.5 and np.isnan(offline.data_return("unheard-of"))
+    (tmp_path / dataset / "dom2" / "run").mkdir(parents=True)
+    (tmp_path / dataset / "dom2" / "run" / "fresh.csv").touch()
+    offline.note_data(dataset, np.array([1.0, 4.0]))  # the same
+    with pytest.raises(SystemExit, match="other data"):
+        offline.note_data(dataset, np.array([1.0, 5.0]))
 
 
 def test_what_is_earned_counts_what_follows_and_the_belief_behind_the_end():
@@ -103,24 +149,64 @@ def test_what_is_earned_counts_what_follows_and_the_belief_behind_the_end():
     assert belief.to_go(rewards, 0.5, np.array([16.0, 8.0])).tolist() == [[5.0, 1.0], [8.0, 2.0], [12.0, 4.0]]
 
 
-@pytest.mark.parametrize("method", ["dom2", "deterministic"])
-def test_what_critics_believe_beside_what_their_policies_earn(method, tmp_path, monkeypatch):
-    env_id, kind = "omar_simple_spread", "diffusion" if method == "dom2" else method
+@pytest.mark.parametrize("kind", ["diffusion", "deterministic"])
+def test_what_critics_believe_beside_what_their_policies_earn(kind, tmp_path, monkeypatch, capsys):
+    env_id, dataset, method = "omar_simple_spread", "omar_simple_spread-medium", "dom2" if kind == "diffusion" else kind
     agent = dom2.DOM2(make_env(env_id), dom2.Args(policy=kind, gamma=0.5), torch.device("cpu"))
-    with torch.no_grad():
-        agent.slow_critic.out.weight.zero_()
-    agent.slow_critic.shift.copy_(torch.tensor([[1.0], [2.0], [6.0]]))  # believed whatever happens: 3 on average
-    (tmp_path / "checkpoint.pt").touch()
-    data = SimpleNamespace(obs=np.zeros((10_000, 3, 18)), actions=np.zeros((10_000, 3, 2)))
-    monkeypatch.setattr(belief.offline, "find_run", lambda *_: tmp_path)
-    monkeypatch.setattr(belief.offline, "trained", lambda _: (agent, env_id))
+    agent.obs_mean += 0.5
+    agent.obs_std *= 2
+
+    def critic(obs, action):  # two that differ, of what they are told
+        value = obs.sum(-1) + 3 * action.sum(-1)
+        return torch.stack([value, -value])
+
+    agent.slow_critic.forward = critic
+    rng = np.random.default_rng(0)
+    data = SimpleNamespace(obs=rng.normal(size=(50, 3, 18)), actions=rng.normal(size=(50, 3, 2)), returns=np.array([1.0, 3.0]))
+    own = agent.act(np.float32(data.obs), torch.Generator().manual_seed(0))  # an actor that sees nothing would do here
+    believed = lambda obs, action: -abs(((obs - 0.5) / 2).sum(-1) + 3 * action.sum(-1))
+
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoint.pt").touch()
+    monkeypatch.setattr(belief, "RESULT", tmp_path / "belief.csv")
+    monkeypatch.setattr(offline, "RESULT", tmp_path)
+    monkeypatch.setattr(offline, "find_run", lambda d, m, f, seed: tmp_path / "run" if m == method and seed == 2 else None)
+    monkeypatch.setattr(offline, "trained", lambda _: (agent, env_id))
     monkeypatch.setattr(dom2, "open_data", lambda _: data)
-    row = belief.look("omar_simple_spread-medium", method, 1)
+    seen = []
+    act = agent.act
+    monkeypatch.setattr(agent, "act", lambda obs, generator: seen.append((obs.copy(), act(obs, generator))) or seen[-1][1])
+    for _ in range(2):  # the second row replaces the first
+        monkeypatch.setattr(sys, "argv", ["belief.py", "--datasets", dataset])
+        belief.main()
+    rows = list(csv.DictReader((tmp_path / "belief.csv").open()))
+    assert len(rows) == 1 and (rows[0]["method"], rows[0]["seed"]) == (method, "2")
+    row = {name: float(value) for name, value in list(rows[0].items())[3:]}
+
+    played, (end, last), (_, at_data) = seen[-27:-2], seen[-2], seen[-1]
+    assert row["believed"] == pytest.approx(np.mean([believed(*step).mean() for step in played]), abs=2e-3)
+    actions = np.abs([action for _, action in played])
+    assert row["action"] == pytest.approx(actions.mean(), abs=1e-3) and row["edge"] == pytest.approx(
+        (actions > 0.99).mean(), abs=1e-3
+    )
+    assert row["data"] == pytest.approx(believed(data.obs, data.actions.clip(-1, 1)).mean(), abs=1e-3)
+    assert row["own"] == pytest.approx(believed(data.obs, at_data).mean(), abs=1e-3) and at_data.shape == own.shape
     returns = dom2.evaluate(agent, make_vec(env_id, 200), offline.FRESH)
-    assert row["return_mean"] == pytest.approx(returns.mean(), abs=0.01)
-    assert row["believed"] == row["data"] == 3
-    # The sum over a step of its discounted rest is 2, but for what is behind the end, where 3 a step is believed to be 1.5 a step.
-    assert row["earned"] == pytest.approx(2 * returns.mean() / 25, rel=0.1)
+    assert row["return_mean"] == pytest.approx(returns.mean(), abs=1e-2)
+    envs = make_vec(env_id, 200)
+    envs.reset(seed=offline.FRESH)
+    rewards = [envs.step(action)[4]["agent_rewards"].mean() for _, action in played]
+    follows = [
+        sum(0.5 ** (k - t) * rewards[k] for k in range(t, 25)) + 0.5 ** (25 - t) * believed(end, last).mean() for t in range(25)
+    ]
+    assert row["earned"] == pytest.approx(np.mean(follows), abs=2e-3)
+    assert row["end"] == pytest.approx(np.mean([0.5 ** (25 - t) for t in range(25)]), abs=1e-3)
+
+    (tmp_path / "run" / "checkpoint.pt").unlink()
+    (tmp_path / "belief.csv").unlink()
+    capsys.readouterr()
+    belief.main()
+    assert "no finished run" in capsys.readouterr().out and not (tmp_path / "belief.csv").exists()
 
 
 def test_the_share_of_data_at_which_a_level_is_passed():
