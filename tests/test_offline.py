@@ -52,6 +52,7 @@ def test_values_become_flags():
 
 SEARCHED = {f"omar_simple_{task}-{split}" for task in ("spread", "tag", "world") for split in SPLITS}
 SEARCHED |= {f"omar_halfcheetah_2x3-{split}" for split in SPLITS}
+SEARCHED.add(assignments.NAME)
 
 
 @pytest.mark.parametrize("dataset", sweep.Options().datasets)
@@ -61,6 +62,8 @@ def test_presets_are_trials_of_the_search_and_none_is_clearly_worse_than_the_bes
     assert bool(found) == (dataset in SEARCHED)
     if found:
         values = vars(dom2.preset(dataset)) | (offline.baseline(dataset) if policy == "deterministic" else {})
+        if dataset == assignments.NAME:  # as flags there
+            values |= dict(gamma=0.9, q_weight=0.1, cql_weight=8.0, thresholds=0)
         names = set(sweep.FLAGS) - {"policy", "network", "total_updates", "seed"}
         names -= {"q_weight"} if policy == "deterministic" else set()
         mine = [row for row in found if all(sweep.short(row[name]) == sweep.short(str(values[name])) for name in names)]
