@@ -79,15 +79,6 @@ def look(run: Path, data: Dataset) -> dict[str, float]:
     return {name: round(float(value), 3) for name, value in found.items()}
 
 
-def write(rows: list[dict]) -> None:
-    scratch = RESULT.with_suffix(".tmp")
-    with scratch.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    scratch.rename(RESULT)
-
-
 def main() -> None:
     options = tyro.cli(Options)
     torch.set_num_threads(1)
@@ -103,7 +94,7 @@ def main() -> None:
         for method, seed, run in found:
             row = {"dataset": dataset, "method": method, "seed": str(seed)} | look(run, data)
             rows = [old for old in rows if any(old[name] != row[name] for name in ("dataset", "method", "seed"))] + [row]
-            write(rows)
+            offline.write_rows(RESULT, rows)
     if rows:
         print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
     for row in rows:

@@ -11,7 +11,6 @@ be called different in 12 to 18 % of the settings. "Best of all" counts the high
 generalization.png in runs/results/.
 """
 
-import csv
 import math
 
 import numpy as np
@@ -35,7 +34,7 @@ def main() -> None:
         found = {method: offline.read(dataset, method, 1.0, shift) for method in offline.METHODS}
         if not any(found.values()):
             continue
-        verdicts = [offline.compare(found["dom2"], found[other]) for other in ("cloning", "deterministic")]
+        verdicts = [offline.compare(found["dom2"], found[other]) for other in offline.OTHERS]
         print(
             f"| {dataset.removeprefix('omar_')}, {shift} | "
             + " | ".join(map(offline.cell, found.values()))
@@ -50,14 +49,11 @@ def main() -> None:
         if all(found.values()):
             best.append(max(found, key=lambda method: np.mean(list(found[method].values()))))
     print(f"best of all: dom2 in {best.count('dom2')} of {len(best)} settings")
-    for k, other in enumerate(("cloning", "deterministic")):
+    for k, other in enumerate(offline.OTHERS):
         verdicts = [pair[k] for pair in against if pair[k]]
         print(f"against {other}: {offline.tally(verdicts)} in {len(verdicts)} of {len(SETTINGS)} settings with two seeds or more")
     if rows:
-        with (offline.RESULT.parent / "generalization.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+        offline.write_rows(offline.RESULT.parent / "generalization.csv", rows)
         draw(rows)
 
 

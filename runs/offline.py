@@ -60,6 +60,7 @@ BASELINE = {
     "omar_halfcheetah_2x3-medium-expert": dict(policy_lr=BASELINE_LR / 3),
     "omar_halfcheetah_2x3-expert": dict(policy_lr=3e-3),
 }
+OTHERS = tuple(METHODS)[1:]  # what DOM2 is compared with
 FRESH = 10**6  # seed of the fresh episodes
 
 
@@ -136,13 +137,19 @@ def complete(place: Path, seed: int, flags: list[str]) -> None:
     config["args"] |= dict(run_dir="runs", resume="", dataset=config["args"]["dataset"].replace(f"{ROOT}/", ""))
     (run / "config.json").write_text(json.dumps(config, indent=2))
     rows = fresh(run)
-    with (run / "fresh.csv.tmp").open("w", newline="") as file:
+    write_rows(run / "fresh.csv", rows)  # now it is a finished run
+    minutes = done.stdout.splitlines()[-1].split(":")[0]
+    print(f"{place.relative_to(RESULT.parent)} seed {seed}: {rows[0]['return_mean']:.1f} ({minutes})", flush=True)
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    """A csv file, whole or not at all."""
+    scratch = path.with_name(path.name + ".tmp")
+    with scratch.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    (run / "fresh.csv.tmp").rename(run / "fresh.csv")  # now it is a finished run
-    minutes = done.stdout.splitlines()[-1].split(":")[0]
-    print(f"{place.relative_to(RESULT.parent)} seed {seed}: {rows[0]['return_mean']:.1f} ({minutes})", flush=True)
+    scratch.rename(path)
 
 
 def trained(run: Path) -> tuple[dom2.DOM2, str]:
@@ -254,14 +261,14 @@ def show() -> None:
             score = f"{normalize(np.mean(own), SCORES[env_id]):.0f}" if own and env_id in SCORES else ""
             took = "; ".join(minutes(dataset, method, fraction) for method in METHODS)
             cells = " | ".join(map(cell, found.values()))
-            verdicts = [compare(found["dom2"], found[method]) for method in list(METHODS)[1:]]
+            verdicts = [compare(found["dom2"], found[method]) for method in OTHERS]
             if fraction == 1:
                 against.append((dataset.removeprefix("omar_").partition("-")[0], verdicts))
             said = ", ".join(verdict or "–" for verdict in verdicts)
             print(f"| {dataset.removeprefix('omar_')} | {fraction:.0%} | {data:.0f} | {cells} | {said} | {score} | {took} |")
     tasks = list(dict.fromkeys(task for task, _ in against))
     print("\nWith all data:\n\n| dom2 against | " + " | ".join(tasks) + " | all |\n|---|" + "---|" * (len(tasks) + 1))
-    for k, method in enumerate(list(METHODS)[1:]):
+    for k, method in enumerate(OTHERS):
         parts = [tally([verdicts[k] for task, verdicts in against if one in ("", task)]) for one in (*tasks, "")]
         print(f"| {method} | {' | '.join(parts)} |")
 

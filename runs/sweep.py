@@ -185,10 +185,8 @@ def show(datasets: tuple[str, ...], network: str) -> None:
 
     Trials with several seeds: their mean ± standard deviation (seeds); where there are any, the best is one of them.
     """
-    print(
-        "| data set | policies | first guess | return ± standard error over episodes, or mean ± standard deviation (seeds) | one change, and the return then |\n|"
-        + "---|" * 5
-    )
+    given = "return ± standard error over episodes, or mean ± standard deviation (seeds)"
+    print(f"| data set | policies | first guess | {given} | one change, and the return then |\n|" + "---|" * 5)
     for dataset in datasets:
         for policy in ("diffusion", "deterministic"):
             if found := star(dataset, policy, network):
@@ -208,9 +206,9 @@ def best_of(found: list[dict]) -> dict:
     """The best trial of a complete search: by the mean over seeds, of those that were run with all; by the first seed, if there are not
     at least two of them."""
     repeated = [row for row in found if len(returns(row)) == len(SEEDS)]
-    return max(
-        repeated if len(repeated) > 1 else found, key=lambda row: np.mean(returns(row)[: len(SEEDS) if len(repeated) > 1 else 1])
-    )
+    if len(repeated) > 1:
+        return max(repeated, key=lambda row: np.mean(returns(row)))
+    return max(found, key=lambda row: float(row["return_mean"]))
 
 
 def tell(row: dict) -> str:
