@@ -188,8 +188,8 @@ OMAR_HALFCHEETAH = dict(
     total_timesteps=500_000, num_envs=10, updates_per_step=0.1, eval_every=10_000, learning_starts=10_000, policy_lr=1e-3, q_lr=1e-3,
     policy_hidden=128, critic_hidden=256, v_min=-500.0, v_max=500.0, alpha=0.1,
 )  # fmt: skip
-PRESETS: dict[str, dict] = {  # by task or, for all partitions of a robot, by robot; others have their suite's
-    "mpe": MPE,
+PRESETS: dict[str, dict] = {  # by task, or by how the names of a robot or a suite begin, with a "_" at the end, as no task has
+    "mpe_": MPE,
     "mpe_simple": MPE | dict(v_min=-90.0),
     "mpe_simple_spread_n4": MPE | dict(v_min=-60.0),
     "mpe_simple_reference": MPE | dict(v_min=-60.0),
@@ -197,17 +197,18 @@ PRESETS: dict[str, dict] = {  # by task or, for all partitions of a robot, by ro
     "mpe_simple_adversary": MPE | dict(v_min=-30.0, v_max=30.0),
     "mpe_collect_treasure": MPE | dict(v_min=-60.0, v_max=60.0),
     "omar_simple_spread": OMAR | dict(v_min=-600.0, v_max=600.0),
+    "omar_simple_spread_6": OMAR | dict(v_min=-600.0, v_max=600.0),
     "omar_simple_tag": OMAR | dict(v_min=-300.0, v_max=300.0, total_timesteps=400_000),
     "omar_simple_world": OMAR | dict(v_min=-200.0, v_max=200.0, total_timesteps=400_000),
-    "omar_halfcheetah": OMAR_HALFCHEETAH,
-    "mamujoco": MAMUJOCO,
-    "mamujoco_halfcheetah": MAMUJOCO | dict(v_min=-2000.0, v_max=2000.0),
-    "mamujoco_swimmer": MAMUJOCO | dict(v_min=-50.0, v_max=50.0, alpha=0.1),
-    "mamujoco_manysegmentswimmer": MAMUJOCO | dict(v_min=-100.0, v_max=100.0, alpha=0.01),
-    "mamujoco_humanoid": MAMUJOCO | dict(v_min=-1500.0, v_max=1500.0),
-    "mamujoco_humanoidstandup": MAMUJOCO | dict(v_min=-30000.0, v_max=30000.0),
-    "mamujoco_reacher": MAMUJOCO | dict(v_min=-50.0, v_max=50.0, alpha=0.1, eval_every=10_000, total_timesteps=300_000),
-    "mamujoco_pusher": MAMUJOCO | dict(v_min=-200.0, v_max=200.0, alpha=0.1, eval_every=10_000, total_timesteps=300_000),
+    "omar_halfcheetah_": OMAR_HALFCHEETAH,
+    "mamujoco_": MAMUJOCO,
+    "mamujoco_halfcheetah_": MAMUJOCO | dict(v_min=-2000.0, v_max=2000.0),
+    "mamujoco_swimmer_": MAMUJOCO | dict(v_min=-50.0, v_max=50.0, alpha=0.1),
+    "mamujoco_manysegmentswimmer_": MAMUJOCO | dict(v_min=-100.0, v_max=100.0, alpha=0.01),
+    "mamujoco_humanoid_": MAMUJOCO | dict(v_min=-1500.0, v_max=1500.0),
+    "mamujoco_humanoidstandup_": MAMUJOCO | dict(v_min=-30000.0, v_max=30000.0),
+    "mamujoco_reacher_": MAMUJOCO | dict(v_min=-50.0, v_max=50.0, alpha=0.1, eval_every=10_000, total_timesteps=300_000),
+    "mamujoco_pusher_": MAMUJOCO | dict(v_min=-200.0, v_max=200.0, alpha=0.1, eval_every=10_000, total_timesteps=300_000),
 }
 # What makes a MuJoCo task small enough for a CPU; measured in README.md.
 SMALL = (
@@ -219,7 +220,7 @@ SMALL_HALFCHEETAH = f"{SMALL} --v-min -1000 --v-max 1000"  # enough for the retu
 
 def preset(env_id: str) -> Args:
     """The defaults of a task."""
-    names = (env_id, env_id.rpartition("_")[0], env_id.partition("_")[0])  # the task, its robot, its suite
+    names = (env_id, env_id.rpartition("_")[0] + "_", env_id.partition("_")[0] + "_")  # the task, its robot, its suite
     return Args(env_id=env_id, **next(PRESETS[name] for name in names if name in PRESETS))
 
 
