@@ -1,6 +1,6 @@
-"""The tables and the picture of committed results.
+"""The tables and the picture of committed results of omad.py.
 
-    python runs/summary.py                       # everything under runs/results
+    python runs/summary.py                       # every run of omad.py under runs/results
     python runs/summary.py runs/results/omad runs/results/omad_gaussian --picture compare.png
 
 A folder holds the runs of one variant, one per seed; there is a table, and a row of the picture, for each task. The table shows,
@@ -27,6 +27,8 @@ import tyro
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import omad
 
+RUNS = "*__omad__*/eval.csv"  # in the folder of a variant; runs of dom2.py are offline.py's
+RENAMED = {"num_atoms": "n_atoms"}  # flags, since runs that are still here
 THRESHOLDS = {  # levels whose first reaching is timed: HARL's HATD3 at 200k steps; HATD3's published curves at 3M steps
     "mpe_simple_spread": -13.0,
     "mamujoco_halfcheetah_2x3": 5300.0,
@@ -40,7 +42,7 @@ class Options:
     """Tables and picture of finished runs."""
 
     folders: tyro.conf.Positional[tuple[Path, ...]] = ()
-    """folders with runs in them; all of runs/results if none is given"""
+    """folders with runs of omad.py in them; all of runs/results if none is given"""
     picture: Path = Path(__file__).parent / "results" / "curves.png"
     """where the picture goes"""
 
@@ -57,13 +59,15 @@ class Result:
 def read(folder: Path) -> list[Result]:
     """The runs of one variant, by seed: they must differ in nothing else."""
     results = []
-    for path in sorted(folder.glob("*/eval.csv")):
+    for path in sorted(folder.glob(RUNS)):
         rows = list(csv.DictReader(path.open()))
         fresh = path.parent / "fresh.txt"
         value = float(re.search(r"return (\S+) ±", fresh.read_text())[1]) if fresh.exists() else np.nan
         args = json.loads((path.parent / "config.json").read_text())["args"]
-        args = dataclasses.asdict(omad.Args(**args))  # flags that came after the run have their defaults
+        args = dataclasses.asdict(omad.Args(**{RENAMED.get(name, name): value for name, value in args.items()}))  # flags that came after the run have their defaults
         results.append(Result(args, {key: np.array([float(row[key]) for row in rows]) for key in rows[0]}, value))
+    if not results:
+        raise SystemExit(f"{folder}: no runs of omad.py there")
     same = {
         json.dumps({key: value for key, value in result.args.items() if key not in ("seed", "run_dir", "resume")})
         for result in results
@@ -129,9 +133,9 @@ def draw(axes: np.ndarray, env_id: str, variants: dict[str, list[Result]]) -> No
     axes[0].legend(loc="lower right", fontsize="small")
 
 
-def main() -> None:
-    options = tyro.cli(Options)
-    folders = options.folders or sorted({path.parent.parent for path in (Path(__file__).parent / "results").glob("*/*/eval.csv")})
+def main(argv: list[str] | None = None) -> None:
+    options = tyro.cli(Options, args=argv)
+    folders = options.folders or sorted({path.parent.parent for path in (Path(__file__).parent / "results").glob(f"*/{RUNS}")})
     tasks: dict[str, dict[str, list[Result]]] = {}
     for folder in folders:
         results = read(folder)
