@@ -50,6 +50,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
@@ -830,31 +831,36 @@ def evaluate(agent: DOM2, envs: gym.vector.VectorEnv, seed: int) -> np.ndarray:
 
 def train(args: Args, saved: dict | None) -> None:
     """The whole of training, from the start or from the checkpoint `saved`."""
-    device = pick_device(args.device)
-    torch.manual_seed(args.seed)
-    source = open_data(args)
-    env = make_env(source.env_id, args.observation, prey=args.prey)
-    check_sizes(source, env)
-    eval_envs = make_vec(source.env_id, args.eval_episodes, args.observation, prey=args.prey)
-    try:
-        agent, data = DOM2(env, args, device), Data(source, env, args, device)
-        agent.set_units(data)
-        learner = Learner(agent, data, args)
-        seconds = estimate_seconds(learner, eval_envs, find_task(source.env_id).horizon)
-    except (MemoryError, RuntimeError) as error:
-        raise BadInput(f"networks, batches or data of these sizes cannot be made: {_first_line(error)}") from error
-    generator = torch.Generator(device).manual_seed(args.seed)
-    run = Run(args, learner, generator, source.env_id, saved)
-    run.announce(source, env, seconds)
-    if not run.rows:
-        run.evaluate_and_save(eval_envs)
-    while run.step < args.total_updates:
-        run.log(learner.step(generator, run.step / args.total_updates))
-        run.step += 1
-        run.progress()
-        if run.step % args.eval_every == 0 or run.step >= args.total_updates:
+    with contextlib.ExitStack() as held:  # the run directory
+        if args.resume:
+            held.enter_context(claim(Path(args.resume)))
+        device = pick_device(args.device)
+        torch.manual_seed(args.seed)
+        source = open_data(args)
+        env = make_env(source.env_id, args.observation, prey=args.prey)
+        check_sizes(source, env)
+        eval_envs = make_vec(source.env_id, args.eval_episodes, args.observation, prey=args.prey)
+        try:
+            agent, data = DOM2(env, args, device), Data(source, env, args, device)
+            agent.set_units(data)
+            learner = Learner(agent, data, args)
+            seconds = estimate_seconds(learner, eval_envs, find_task(source.env_id).horizon)
+        except (MemoryError, RuntimeError) as error:
+            raise BadInput(f"networks, batches or data of these sizes cannot be made: {_first_line(error)}") from error
+        generator = torch.Generator(device).manual_seed(args.seed)
+        run = Run(args, learner, generator, source.env_id, saved)
+        if not args.resume:
+            held.enter_context(claim(run.path))
+        run.announce(source, env, seconds)
+        if not run.rows:
             run.evaluate_and_save(eval_envs)
-    run.finish()
+        while run.step < args.total_updates:
+            run.log(learner.step(generator, run.step / args.total_updates))
+            run.step += 1
+            run.progress()
+            if run.step % args.eval_every == 0 or run.step >= args.total_updates:
+                run.evaluate_and_save(eval_envs)
+        run.finish()
 
 
 # ============================================================================================================================
@@ -1120,11 +1126,36 @@ def make_run_dir(args: Args) -> Path:
         raise BadInput(f"--run-dir {args.run_dir}: cannot be written: {error}") from error
 
 
+def has_results(run_dir: Path) -> bool:
+    """Whether eval.csv has more than the row from before learning, which is there a moment before the first checkpoint."""
+    path = run_dir / "eval.csv"
+    rows = path.read_text(errors="replace").splitlines()[1:] if path.is_file() else []
+    return any(not row.startswith("0,") for row in rows)
+
+
+@contextlib.contextmanager
+def claim(run_dir: Path):
+    """Keeps a run directory from other processes' runs. The lock goes with the process, also if it is killed; its file stays."""
+    lock = FileLock(run_dir / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise BadInput(f"{run_dir}: another process is training this run") from error
+    except OSError as error:
+        raise BadInput(f"{run_dir}: cannot be written: {error}") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def load(run_dir: str) -> tuple[Args, dict | None]:
     """Arguments and checkpoint of a run; no checkpoint if it was killed before the first. Nothing in the files is executed."""
     config, path = Path(run_dir) / "config.json", Path(run_dir) / "checkpoint.pt"
     if not config.is_file() and not path.is_file():
         raise BadInput(f"{run_dir}: no run there; give the directory that a run printed behind 'logs'")
+    if not path.is_file() and has_results(Path(run_dir)):
+        raise BadInput(f"{run_dir}: no weights there, checkpoint.pt is missing; only results, which starting over would overwrite")
     saved = None
     with _must_fit(path if path.is_file() else config):
         if path.is_file():

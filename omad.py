@@ -46,6 +46,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
@@ -830,67 +831,72 @@ def evaluate(agent: OMAD, envs: gym.vector.VectorEnv, seed: int) -> np.ndarray:
 
 def train(args: Args, saved: dict | None, envs: gym.vector.VectorEnv | None = None) -> None:
     """The whole of training, from the start or from the checkpoint `saved`; in `envs`, if the caller wants to look on."""
-    device = pick_device(args.device)
-    torch.manual_seed(args.seed)
-    envs = envs or make_vec(args.env_id, args.num_envs, args.observation, prey=args.prey)
-    eval_envs = make_vec(args.env_id, args.eval_episodes, args.observation, prey=args.prey)
-    env = make_env(args.env_id, args.observation, prey=args.prey)
-    try:
-        agent, replay = OMAD(env, args, device), Replay(env, min(args.buffer_size, args.total_timesteps + args.num_envs), device)
-        learner = Learner(agent, replay, args)
-        seconds = estimate_seconds(env, args, device)
-    except (MemoryError, RuntimeError) as error:
-        raise BadInput(f"networks, batches or replay of these sizes cannot be made: {_first_line(error)}") from error
-    generator = torch.Generator(device).manual_seed(args.seed)
-    run = Run(args, learner, generator, saved)
-    run.announce(env, seconds)
-    if not run.rows:
-        run.evaluate_and_save(eval_envs)
-    # After every checkpoint, resumed or not, the environments start again from a seed that the step determines [deviation D4].
-    restart = lambda: envs.reset(seed=mix_seed(args.seed, run.step))
-    obs, info = restart()
-    state = info["state"]
-
-    def learn() -> None:
-        if run.step > args.learning_starts:
-            for _ in range(round(args.updates_per_step * args.num_envs)):
-                run.log(learner.step(generator))
-
-    while run.step < args.total_timesteps:
-        # Act.
-        if run.step < args.learning_starts:
-            action = torch.rand(envs.action_space.shape, generator=generator, device=device).cpu().numpy() * 2 - 1
-        else:
-            action = agent.act(obs, generator)
-        run.check_finite("action", action)
-        if learner.overlap:
-            learn()
-        next_obs, reward, terminated, truncated, info = envs.step(action)
-        run.check_finite("reward or observation", np.append(reward, next_obs))
-        replay.add(
-            obs=obs, next_obs=next_obs, state=state, next_state=info["state"], action=action, reward=reward, terminated=terminated
-        )
-        if "torso_xy" in info:
-            run.record_path(info["torso_xy"])
-        obs, state = next_obs, info["state"]
-        done = terminated | truncated
-        if done.any():
-            run.episodes(info["episode"]["r"][done], info["episode"]["l"][done])
-            obs, info = envs.reset(options={"reset_mask": done})
-            state = np.where(done[:, None], info["state"], state)
-        run.step += args.num_envs
-
-        # Learn.
-        if not learner.overlap:
-            learn()
-
-        # Report.
-        run.progress()
-        if run.step % args.eval_every < args.num_envs or run.step >= args.total_timesteps:
+    with contextlib.ExitStack() as held:  # the run directory
+        if args.resume:
+            held.enter_context(claim(Path(args.resume)))
+        device = pick_device(args.device)
+        torch.manual_seed(args.seed)
+        envs = envs or make_vec(args.env_id, args.num_envs, args.observation, prey=args.prey)
+        eval_envs = make_vec(args.env_id, args.eval_episodes, args.observation, prey=args.prey)
+        env = make_env(args.env_id, args.observation, prey=args.prey)
+        try:
+            agent, replay = OMAD(env, args, device), Replay(env, min(args.buffer_size, args.total_timesteps + args.num_envs), device)
+            learner = Learner(agent, replay, args)
+            seconds = estimate_seconds(env, args, device)
+        except (MemoryError, RuntimeError) as error:
+            raise BadInput(f"networks, batches or replay of these sizes cannot be made: {_first_line(error)}") from error
+        generator = torch.Generator(device).manual_seed(args.seed)
+        run = Run(args, learner, generator, saved)
+        if not args.resume:
+            held.enter_context(claim(run.path))
+        run.announce(env, seconds)
+        if not run.rows:
             run.evaluate_and_save(eval_envs)
-            obs, info = restart()
-            state = info["state"]
-    run.finish()
+        # After every checkpoint, resumed or not, the environments start again from a seed that the step determines [deviation D4].
+        restart = lambda: envs.reset(seed=mix_seed(args.seed, run.step))
+        obs, info = restart()
+        state = info["state"]
+
+        def learn() -> None:
+            if run.step > args.learning_starts:
+                for _ in range(round(args.updates_per_step * args.num_envs)):
+                    run.log(learner.step(generator))
+
+        while run.step < args.total_timesteps:
+            # Act.
+            if run.step < args.learning_starts:
+                action = torch.rand(envs.action_space.shape, generator=generator, device=device).cpu().numpy() * 2 - 1
+            else:
+                action = agent.act(obs, generator)
+            run.check_finite("action", action)
+            if learner.overlap:
+                learn()
+            next_obs, reward, terminated, truncated, info = envs.step(action)
+            run.check_finite("reward or observation", np.append(reward, next_obs))
+            replay.add(
+                obs=obs, next_obs=next_obs, state=state, next_state=info["state"], action=action, reward=reward, terminated=terminated
+            )
+            if "torso_xy" in info:
+                run.record_path(info["torso_xy"])
+            obs, state = next_obs, info["state"]
+            done = terminated | truncated
+            if done.any():
+                run.episodes(info["episode"]["r"][done], info["episode"]["l"][done])
+                obs, info = envs.reset(options={"reset_mask": done})
+                state = np.where(done[:, None], info["state"], state)
+            run.step += args.num_envs
+
+            # Learn.
+            if not learner.overlap:
+                learn()
+
+            # Report.
+            run.progress()
+            if run.step % args.eval_every < args.num_envs or run.step >= args.total_timesteps:
+                run.evaluate_and_save(eval_envs)
+                obs, info = restart()
+                state = info["state"]
+        run.finish()
 
 
 # ============================================================================================================================
@@ -1141,11 +1147,36 @@ def make_run_dir(args: Args) -> Path:
         raise BadInput(f"--run-dir {args.run_dir}: cannot be written: {error}") from error
 
 
+def has_results(run_dir: Path) -> bool:
+    """Whether eval.csv has more than the row from before learning, which is there a moment before the first checkpoint."""
+    path = run_dir / "eval.csv"
+    rows = path.read_text(errors="replace").splitlines()[1:] if path.is_file() else []
+    return any(not row.startswith("0,") for row in rows)
+
+
+@contextlib.contextmanager
+def claim(run_dir: Path):
+    """Keeps a run directory from other processes' runs. The lock goes with the process, also if it is killed; its file stays."""
+    lock = FileLock(run_dir / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise BadInput(f"{run_dir}: another process is training this run") from error
+    except OSError as error:
+        raise BadInput(f"{run_dir}: cannot be written: {error}") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def load(run_dir: str) -> tuple[Args, dict | None]:
     """Arguments and checkpoint of a run; no checkpoint if it was killed before the first. Nothing in the files is executed."""
     config, path = Path(run_dir) / "config.json", Path(run_dir) / "checkpoint.pt"
     if not config.is_file() and not path.is_file():
         raise BadInput(f"{run_dir}: no run there; give the directory that a run printed behind 'logs'")
+    if not path.is_file() and has_results(Path(run_dir)):
+        raise BadInput(f"{run_dir}: no weights there, checkpoint.pt is missing; only results, which starting over would overwrite")
     saved = None
     with _must_fit(path if path.is_file() else config):
         if path.is_file():

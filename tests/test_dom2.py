@@ -695,7 +695,7 @@ def test_the_baseline_is_as_wide_as_what_sees_in_the_method():
 def test_what_both_files_hold_is_the_same():
     """The two methods share no code, so that each can be read and forked alone; but plumbing that is the same must stay so."""
     same = ("ParallelLinear", "Captured", "unchanged", "pick_device", "write", "write_config", "checksum", "read_flags", "mix_seed",
-            "evaluation_seed", "_duration", "_flag", "_first_line", "BadInput", "FailedRun", "check_task")  # fmt: skip
+            "evaluation_seed", "_duration", "_flag", "_first_line", "BadInput", "FailedRun", "check_task", "has_results", "claim")  # fmt: skip
     for name in same:
         assert inspect.getsource(getattr(omad, name)) == inspect.getsource(getattr(dom2, name)), name
     for one, other in ((omad.Run.log, dom2.Run.log), (omad.Run.flush, dom2.Run.flush), (omad.OMAD.tensors, dom2.DOM2.tensors)):
