@@ -945,7 +945,7 @@ class Run:
         print(f"device    {agent.device}, {torch.get_num_threads()} CPU thread(s)")
         print(f"networks  {args.policy} policies {count(agent.policy)}, critics {count(agent.critic)}")
         print(f"expected  about {_duration(seconds)} from update {self.step:,} to {args.total_updates:,}")
-        print(f"logs      {self.path}    (watch: tensorboard --logdir {self.path.parent})", flush=True)
+        print(f"logs      {self.path.absolute()}    (watch: tensorboard --logdir {self.path.absolute().parent})", flush=True)
 
     @property
     def seconds(self) -> float:
@@ -1154,12 +1154,12 @@ def load(run_dir: str) -> tuple[Args, dict | None]:
     config, path = Path(run_dir) / "config.json", Path(run_dir) / "checkpoint.pt"
     if not config.is_file() and not path.is_file():
         raise BadInput(f"{run_dir}: no run there; give the directory that a run printed behind 'logs'")
-    if not path.is_file() and has_results(Path(run_dir)):
-        raise BadInput(f"{run_dir}: no weights there, checkpoint.pt is missing; only results, which starting over would overwrite")
     saved = None
     with _must_fit(path if path.is_file() else config):
         if path.is_file():
             saved = torch.load(path, map_location="cpu", weights_only=True)
+            if isinstance(saved, dict) and str(saved.get("format")).startswith("omad-"):
+                raise BadInput("of a run of omad.py, which goes on with it and evaluates it")
             if (
                 not isinstance(saved, dict)
                 or saved.get("format") != FORMAT
@@ -1167,7 +1167,12 @@ def load(run_dir: str) -> tuple[Args, dict | None]:
                 or saved["step"] < 0
             ):
                 raise BadInput(f"not a checkpoint of this version of dom2.py (format {FORMAT})")
-        args = Args(**(saved["args"] if saved else json.loads(config.read_bytes())["args"]))
+        values = saved["args"] if saved else json.loads(config.read_bytes())["args"]
+        if "total_timesteps" in values:
+            raise BadInput("of a run of omad.py, which goes on with it and evaluates it")
+        if not saved and has_results(Path(run_dir)):
+            raise BadInput("no weights beside it, checkpoint.pt is missing; only results, which starting over would overwrite")
+        args = Args(**values)
         args = dataclasses.replace(args, resume="", evaluate="")
         # Data and prey may have moved: the command line can say where to.
         validate(dataclasses.replace(args, prey="", evaluate=run_dir))
@@ -1308,8 +1313,16 @@ def read_flags(kind, argv: list[str], default=None, prog: str = ""):
             print(out.getvalue(), end="")  # --help
             raise
         reason = re.split(r"\s-{9,}\s", err.getvalue())  # tyro's message stands between two rules
-        raise BadInput(" ".join(reason[min(1, len(reason) - 1)].split())) from None
+        reason = " ".join(reason[min(1, len(reason) - 1)].split())
+        given = re.search(r"int\(\) with base 10: '(.*)'", reason)
+        with contextlib.suppress(ValueError):
+            if given and float(given[1]).is_integer():
+                reason += f"; write {float(given[1]):.0f}"
+        raise BadInput(reason) from None
     if unknown:
+        first = dataclasses.fields(args)[0].name
+        if first in ("env_id", "dataset") and re.fullmatch(r"[^\W_]+_[\w|-]+", unknown[0]):
+            raise BadInput(f"unknown argument '{unknown[0]}'; did you mean {_flag(first)} {unknown[0]}?")
         near = difflib.get_close_matches(unknown[0], [_flag(field.name) for field in dataclasses.fields(args)])
         raise BadInput(
             f"unknown argument '{unknown[0]}'; " + (f"did you mean {' or '.join(near)}?" if near else "--help lists the flags")

@@ -179,6 +179,7 @@ def _mamujoco(robot: str, partition: str) -> Task:
     if not known:
         raise UnknownTask(
             f"unknown task {name!r}; {scenario} has the partition{'s'[: len(listed) > 1]} {' and '.join(listed)}"
+            + f", as in mamujoco_{robot}_{listed[0]}"
             + (", or any other number of agents x segments each" if scenario != kind else "")
         )
 

@@ -10,6 +10,7 @@ os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
 import pytest
 import torch
 
+import dom2
 import omad
 
 torch.set_num_threads(1)
@@ -19,6 +20,9 @@ ROOT = Path(__file__).parent.parent
 SHORT = (
     "--total-timesteps 400 --num-envs 4 --eval-every 100 --eval-episodes 3 --learning-starts 80 --batch-size 32 "
     "--updates-per-step 0.25 --policy-hidden 16 --critic-hidden 16 --denoising-steps 3 --device cpu"
+).split()
+SHORT_OFFLINE = (
+    "--total-updates 40 --eval-every 10 --eval-episodes 4 --batch-size 16 --policy-hidden 16 --critic-hidden 16 --solver-steps 3 --device cpu"
 ).split()
 
 
@@ -55,3 +59,27 @@ def start():
     for process in processes:
         process.kill()
         process.communicate()
+
+
+@pytest.fixture(params=["omad", "dom2"])
+def program(request, tmp_path, capsys, data):
+    """(its call, see `caller`; its name; the flags of a run of seconds)."""
+    flags = {"omad": SHORT, "dom2": ["--dataset", str(data), *SHORT_OFFLINE]}[request.param]
+    return caller({"omad": omad, "dom2": dom2}[request.param].main, tmp_path / "runs", capsys), request.param, flags
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A small data set of omar_simple_spread, as a folder."""
+    import collect
+
+    return collect.collect(collect.Options("omar_simple_spread-random", 2000, out=tmp_path_factory.mktemp("data")))
+
+
+def the_run(tmp_path):
+    (run,) = (tmp_path / "runs").glob("*__*__*")
+    return run
+
+
+def one_line(err, name):
+    return err.startswith(f"{name}.py: error: ") and len(err.splitlines()) == 1 and len(err) < 400

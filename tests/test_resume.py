@@ -9,40 +9,13 @@ import pytest
 
 import dom2
 import omad
-from conftest import ROOT, SHORT, caller
+from conftest import ROOT, caller, one_line, the_run
 
 RESULTS = ROOT / "runs" / "results"
-SHORT_OFFLINE = (
-    "--total-updates 40 --eval-every 10 --eval-episodes 4 --batch-size 16 --policy-hidden 16 --critic-hidden 16 --solver-steps 3 --device cpu"
-).split()
-
-
-@pytest.fixture(params=["omad", "dom2"])
-def program(request, tmp_path, capsys, data):
-    """(its call, see `caller`; its name; the flags of a run of seconds)."""
-    flags = {"omad": SHORT, "dom2": ["--dataset", str(data), *SHORT_OFFLINE]}[request.param]
-    return caller({"omad": omad, "dom2": dom2}[request.param].main, tmp_path / "runs", capsys), request.param, flags
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory):
-    """A small data set of omar_simple_spread, as a folder."""
-    import collect
-
-    return collect.collect(collect.Options("omar_simple_spread-random", 2000, out=tmp_path_factory.mktemp("data")))
-
-
-def the_run(tmp_path):
-    (run,) = (tmp_path / "runs").glob("*__*__*")
-    return run
 
 
 def contents(run):
     return {path.name: path.read_bytes() for path in run.iterdir() if path.is_file() and path.name != ".lock"}
-
-
-def one_line(err, name):
-    return err.startswith(f"{name}.py: error: ") and len(err.splitlines()) == 1 and len(err) < 400
 
 
 # --- a run without a checkpoint ---
