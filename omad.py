@@ -26,7 +26,6 @@ import difflib
 import gc
 import importlib.util
 import io
-import itertools
 import json
 import math
 import os
@@ -35,7 +34,6 @@ import shutil
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,8 +47,9 @@ import tyro
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
-from common.datasets import sha256, versions
-from common.envs import TeamEnv, UnknownTask, check_observation, find_prey, find_task, list_tasks, make_env, make_vec
+from common.envs import (
+    BadInput, TeamEnv, check_options, find_task, make_env, make_vec, mix_seed, record_video, sha256, task_table, versions,
+)  # fmt: skip
 
 # ============================================================================================================================
 # 1. Arguments
@@ -293,10 +292,10 @@ class DiffusionPolicy(nn.Module):
         self.register_buffer("schedule", (stretch * schedule)[:, None, None, None].to(device), persistent=False)  # [K, 1, 1, 1]
         self.register_buffer("index", index[:, None].to(device), persistent=False)  # [K, 1]
 
-    def noise(self, batch: int, generator: torch.Generator) -> Tensor:
+    def noise(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
         """All the randomness of one chain: [K + 1, B, N, A] standard normal numbers."""
         n, _, a = self.action_mask.shape
-        return torch.randn(self.steps + 1, batch, n, a, generator=generator, device=generator.device)
+        return torch.randn(self.steps + 1, batch, n, a, generator=generator, device=self.action_mask.device)
 
     def forward(self, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One chain for every agent. obs [B, N, O], noise from `noise` -> action [B, N, A], run [B, N], term [B, N].
@@ -354,10 +353,10 @@ class GaussianPolicy(nn.Module):
         self.hidden1, self.hidden2, self.out = (ParallelLinear(n, hidden, size) for size in (hidden, hidden, 2 * a))
         nn.init.normal_(self.out.weight, std=1e-4)
 
-    def noise(self, batch: int, generator: torch.Generator) -> Tensor:
+    def noise(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
         """[B, N, A] standard normal numbers."""
         n, _, a = self.action_mask.shape
-        return torch.randn(batch, n, a, generator=generator, device=generator.device)
+        return torch.randn(batch, n, a, generator=generator, device=self.action_mask.device)
 
     def forward(self, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """obs [B, N, O], noise [B, N, A] -> action [B, N, A], run [B, N], term [B, N]; run + term = log pi."""
@@ -373,10 +372,21 @@ class GaussianPolicy(nn.Module):
         return torch.tanh(x).transpose(0, 1), run.T, (term * self.action_mask.sum(-1)).expand_as(run).T
 
 
-def make_policy(env: TeamEnv, args: Args) -> DiffusionPolicy | GaussianPolicy:
-    """Untrained policies of the agents in `env`."""
+def make_policy(obs_sizes: list[int], action_sizes: list[int], args: Args) -> DiffusionPolicy | GaussianPolicy:
+    """Untrained policies of agents with these sizes."""
     kind = DiffusionPolicy if args.policy == "diffusion" else GaussianPolicy
-    return kind(torch.from_numpy(env.obs_mask), torch.from_numpy(env.action_mask), args.policy_hidden, args.denoising_steps)
+    masks = (torch.arange(max(sizes)) < torch.tensor(sizes)[:, None] for sizes in (obs_sizes, action_sizes))
+    return kind(*masks, args.policy_hidden, args.denoising_steps)
+
+
+def load_policy(path: Path) -> tuple[DiffusionPolicy | GaussianPolicy, dict]:
+    """The policy that a run keeps in policy.pt; and its arguments, step and score."""
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    args = Args(**saved["args"])
+    env = make_env(args.env_id, args.observation)
+    policy = make_policy(env.obs_sizes, env.action_sizes, args)
+    policy.load_state_dict(saved["policy"])
+    return policy, saved
 
 
 def _inverse_softplus(y: float) -> float:
@@ -664,7 +674,7 @@ class OMAD(nn.Module):
         super().__init__()
         self.args, self.device = args, device
         action_mask = torch.from_numpy(env.action_mask)
-        self.policy = make_policy(env, args).to(device)
+        self.policy = make_policy(env.obs_sizes, env.action_sizes, args).to(device)
         self.critic = Critic(env.state_size, action_mask, args).to(device)
         self.target = None
         if args.target_networks:
@@ -702,6 +712,11 @@ class OMAD(nn.Module):
         """Decentralised execution, sampled: obs [E, N, O] -> action [E, N, A]."""
         obs = torch.from_numpy(obs).to(self.device, non_blocking=True)
         return self.chain(obs, self.policy.noise(len(obs), generator)).cpu().numpy()
+
+    def record_video(self, args: Args, folder: Path) -> None:
+        generator, seed = torch.Generator(self.device).manual_seed(args.seed), evaluation_seed(args.seed)
+        act = lambda obs: self.act(obs, generator)
+        record_video(act, args.env_id, folder, seed, args.observation, args.prey)
 
     def update(self, batch: dict[str, Tensor], critic_noise: Tensor, policy_noise: Tensor | None = None) -> Logs:
         """One update of the critics and, if there is noise for it, one of the policies and the temperature, on the same batch."""
@@ -827,8 +842,9 @@ def evaluate(agent: OMAD, envs: gym.vector.VectorEnv, seed: int) -> np.ndarray:
     return returns
 
 
-def train(args: Args, saved: dict | None, envs: gym.vector.VectorEnv | None = None) -> None:
-    """The whole of training, from the start or from the checkpoint `saved`; in `envs`, if the caller wants to look on."""
+def train(args: Args, envs: gym.vector.VectorEnv | None = None) -> None:
+    """The whole of training, from the start or from a checkpoint; in `envs`, if the caller wants to look on."""
+    saved = load(args.resume)[1] if args.resume else None
     device = pick_device(args.device)
     torch.manual_seed(args.seed)
     envs = envs or make_vec(args.env_id, args.num_envs, args.observation, prey=args.prey)
@@ -900,11 +916,7 @@ FORMAT = "omad-2"  # of checkpoint.pt; raise it when a change makes older files 
 COLUMNS = ("step", "wall_time_s", "return_mean", "return_std", "episodes")  # of eval.csv
 
 
-class BadInput(Exception):
-    """Something the user has to change: one line on stderr, exit code 2."""
-
-
-class FailedRun(Exception):
+class FailedRun(RuntimeError):
     """A run that cannot go on: one line on stderr, exit code 3."""
 
 
@@ -1040,6 +1052,8 @@ class Run:
         if self.torso_xy is not None:
             write(self.path / "torso_xy.npy", lambda file: np.save(file, self.torso_xy[: self.step]))
         write(self.path / "checkpoint.pt", lambda file: torch.save(self.checkpoint(), file))
+        kept = {"args": dataclasses.asdict(self.args), "policy": self.agent.policy.state_dict(), **self.rows[-1]}
+        write(self.path / "policy.pt", lambda file: torch.save(kept, file))
         self.reported, self.reported_step = time.time(), self.step
 
     def finish(self) -> None:
@@ -1049,7 +1063,7 @@ class Run:
         except ImportError as error:  # a machine with less than requirements.txt: not worth failing a finished run
             print(f"note      no curve.png: {error}")
         if self.args.capture_video:
-            record_video(self.agent, self.args, self.path / "videos")
+            self.agent.record_video(self.args, self.path / "videos")
         print(f"done in {_duration(self.seconds)}: {self.path}")
 
     def checkpoint(self) -> dict:
@@ -1117,7 +1131,7 @@ def write(path: Path, dump: Callable[[BinaryIO], object]) -> None:
 
 
 def write_config(path: Path, args: Args) -> None:
-    config = {"args": dataclasses.asdict(args), **versions("tyro", "tensorboard")}
+    config = {"args": dataclasses.asdict(args), **versions()}
     write(path / "config.json", lambda file: file.write(json.dumps(config, indent=2).encode()))
 
 
@@ -1182,24 +1196,6 @@ def draw_curve(path: Path, args: Args, rows: list[dict]) -> None:
     plt.close(figure)
 
 
-def record_video(agent: OMAD, args: Args, folder: Path) -> None:
-    """Videos of the policy through gymnasium's own wrapper, four short episodes or a long one; needs no screen."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # older videos in the folder are replaced
-        env = gym.wrappers.RecordVideo(
-            make_env(args.env_id, args.observation, "rgb_array", args.prey), str(folder), episode_trigger=lambda _: True
-        )
-    generator = torch.Generator(agent.device).manual_seed(args.seed)
-    for episode in range(4 if find_task(args.env_id).horizon <= 100 else 1):
-        obs, _ = env.reset(seed=evaluation_seed(args.seed) + episode)
-        done = False
-        while not done:
-            obs, _, terminated, truncated, _ = env.step(agent.act(obs[None], generator)[0])
-            done = terminated or truncated
-    env.close()
-    print(f"videos    {folder}")
-
-
 def estimate_seconds(env: TeamEnv, args: Args, device: torch.device) -> float:
     """Expected seconds of the whole run, from a few updates and steps of a throwaway agent on this machine."""
     with torch.random.fork_rng(devices=[]):  # networks are initialised on the CPU
@@ -1240,11 +1236,6 @@ def estimate_seconds(env: TeamEnv, args: Args, device: torch.device) -> float:
 
 def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
-def mix_seed(*parts: int) -> int:
-    """One well-mixed seed from several numbers, below 2^31 so that environments can count up from it."""
-    return int(np.random.SeedSequence(parts).generate_state(1)[0] // 2)
 
 
 def evaluation_seed(seed: int) -> int:
@@ -1292,17 +1283,11 @@ def validate(args: Args) -> None:
 
 def check_task(args: Args, env_id: str) -> None:
     """Raises `BadInput` for an observation setting or a prey that the task does not have."""
-    find_task(env_id)
     try:
-        check_observation(env_id, args.observation)
-    except ValueError as error:
-        raise BadInput(f"--observation {error}") from error
-    if args.prey:
-        try:
-            find_prey(env_id, args.prey)
-        except ValueError as error:
-            moved = "; if it has moved, --prey says where it is now" if args.resume or args.evaluate else ""
-            raise BadInput(f"--prey {error}{moved}") from error
+        check_options(env_id, args.observation, args.prey, "")
+    except BadInput as error:
+        moved = args.prey and (args.resume or args.evaluate)
+        raise BadInput(f"{error}" + "; if it has moved, --prey says where it is now" * bool(moved)) from error
 
 
 def read_flags(kind, argv: list[str], default=None, prog: str = ""):
@@ -1349,7 +1334,7 @@ def parse(argv: list[str]) -> tuple[Args, dict | None]:
 
     args = read_flags(Args, argv, default, "omad.py")
     if args.list_tasks:
-        print_tasks()
+        print(task_table())
         raise SystemExit(0)
     if old:
         if args.evaluate and not saved:
@@ -1372,22 +1357,6 @@ def parse(argv: list[str]) -> tuple[Args, dict | None]:
     return args, saved
 
 
-def print_tasks() -> None:
-    """--list-tasks."""
-    print(f"{'task':33} {'agents':>6}  {'observations':16} {'actions':20} {'state':>5}  {'steps':>5}  what it is")
-    for env_id in list_tasks():
-        env, task = make_env(env_id), find_task(env_id)
-        brief = lambda sizes: ", ".join(f"{len(list(group))} x {size}" for size, group in itertools.groupby(sizes))
-        print(
-            f"{env_id:33} {env.num_agents:6}  {brief(env.obs_sizes):16} {brief(env.action_sizes):20} {env.state_size:5}  {task.horizon:5}  "
-            f"{task.description}"
-        )
-    print(
-        "MaMuJoCo's observations are those of --observation full. Robots named manysegment... take any number of agents x segments\n"
-        "each. Quote names with a | in them. Defaults of a task: python omad.py --help --env-id TASK"
-    )
-
-
 def evaluate_run(args: Args, saved: dict) -> None:
     """--evaluate: the return of a saved run. With the run's own seed and episodes it repeats the last row of its eval.csv."""
     device = pick_device(args.device)
@@ -1404,7 +1373,7 @@ def evaluate_run(args: Args, saved: dict) -> None:
     against = f", prey of {args.prey}" if args.prey else ""
     print(f"{args.env_id}{against}, {policy}, step {saved['step']:,}: {result}")
     if args.capture_video:
-        record_video(agent, args, Path(args.evaluate) / "videos")
+        agent.record_video(args, Path(args.evaluate) / "videos")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1418,9 +1387,9 @@ def main(argv: list[str] | None = None) -> int:
         if args.evaluate:
             evaluate_run(args, saved)
         else:
-            train(args, saved)
+            train(args)
         return 0
-    except (BadInput, UnknownTask) as error:
+    except BadInput as error:
         print(f"omad.py: error: {error}", file=sys.stderr)
         return 2
     except (FailedRun, FloatingPointError, OSError, MemoryError, torch.OutOfMemoryError) as error:

@@ -19,7 +19,7 @@ import numpy as np
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from common.datasets import FOLDERS, SCORES, SPLITS
+from common.datasets import FOLDERS, SPLITS, normalize
 
 HERE = Path(__file__).parent
 OMAR = {  # return mean, std, transitions of OMAR's data (arXiv 2111.11188); of random-medium and medium-expert nothing is published
@@ -51,11 +51,10 @@ def table(cards: dict[str, dict]) -> str:
     ]
     for name, card in cards.items():
         env_id, split = card["task"], card["split"]
-        low, high = SCORES[env_id]
         result, theirs = card["return"], OMAR[env_id].get(split)
         cells = [
             f"`{name}`", f"{card['transitions']:,}", numbers(result["mean"], result["std"], between=" ± "),
-            numbers(result["min"], result["max"], between=" … "), f"{100 * (result['mean'] - low) / (high - low):.0f}",
+            numbers(result["min"], result["max"], between=" … "), f"{normalize(env_id, result['mean']):.0f}",
             numbers(*theirs[:2], between=" ± ") if theirs else "–", f"{theirs[2]:,}" if theirs else "–",
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
@@ -111,12 +110,7 @@ def main() -> None:
         folder.mkdir(exist_ok=True)
         for path in sorted(options.data.glob("*/*/seed_0_data/card.json")):
             card = json.loads(path.read_bytes())
-            name = f"{card['task']}-{card['split']}"
-            whole = card["split"] == "medium-replay" or card["transitions"] == 10**6
-            if card["split"] in SPLITS and whole and card["prey"] in (None, "the project's own"):
-                shutil.copy(path, folder / f"{name}.json")
-            else:
-                print(f"left out: {name}, {card['transitions']:,} transitions, prey {card['prey']}")
+            shutil.copy(path, folder / f"{card['task']}-{card['split']}.json")
     names = [f"{env_id}-{split}" for env_id in FOLDERS for split in SPLITS]
     cards = {name: json.loads((folder / f"{name}.json").read_bytes()) for name in names if (folder / f"{name}.json").exists()}
     if not cards:
