@@ -157,6 +157,8 @@ def find_env_id(source: str | Path, env_id: str = "") -> str:
     if not is_folder(source):
         return split_name(str(source))[0]
     folder, names = Path(source).expanduser(), {name: task for task, name in FOLDERS.items()}
+    if not folder.is_dir():
+        raise BadInput(f"{source}: there is no such folder")
     card, asked = _read_card(folder), names.get(env_id, env_id)
     parts = [*folder.resolve().parts, *folder.absolute().parts]
     found = card["task"] if card else next((names[part] for part in reversed(parts) if part in names), "")
@@ -219,14 +221,14 @@ def load_dataset(
     if not 0 < fraction <= 1:
         raise BadInput(f"--data-fraction {fraction} must be above 0 and at most 1")
     folder = Path(source).expanduser() if is_folder(source) else data_folder(source, data_seed)
-    if not folder.is_dir():
-        recipe = f"not made yet; make it with: python datasets/collect.py --dataset {source} --seed {data_seed}"
-        raise BadInput(f"{source}: {'there is no such folder' if is_folder(source) else recipe}")
+    if not is_folder(source) and not folder.is_dir():
+        recipe = f"python datasets/collect.py --dataset {source} --seed {data_seed}"
+        raise BadInput(f"{source}: not made yet; make it with: {recipe}")
+    env_id, card = find_env_id(folder, env_id), _read_card(folder)
     if not any(folder.glob("*.npy")):
         inside = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
         inside = f", but the folders {', '.join(inside[:5])}: give one of these" if inside else "; get the data again"
         raise BadInput(f"{folder}: no .npy files there{inside}")
-    card, env_id = _read_card(folder), find_env_id(folder, env_id)
     if card and not is_folder(source) and (card["split"], card["seed"]) != (split_name(source)[1], data_seed):
         raise BadInput(f"{folder}: its card says {card['split']}, seed {card['seed']}; move it to where that belongs")
     try:

@@ -4,10 +4,8 @@ They are MPE's tasks as they were before PettingZoo 1.23, with rewards of OMAR's
 observations are mpe2's classes; this file holds what differs:
 
     physics  velocity is updated before position, and an action is multiplied by the agent's acceleration twice
-    spread   reward of agent i: sum over landmarks of min(1 / distance of the closest agent, 10), minus 5 per agent it
-             touches
-    tag      reward of every predator: -0.1 sum over predators of the distance to the prey, plus 10 per predator that
-             touches it
+    spread   an agent's reward: sum over landmarks of min(1 / distance of the closest agent, 10), -5 per agent touched
+    tag      a predator's reward: -0.1 sum over predators of the distance to the prey, +10 per predator touching it
     world    the same with 5; one obstacle, two foods and two forests, which hide nobody
     prey     part of tag and world: a script (`ScriptedPrey`), or a network from a file (`FilePrey`)
 
@@ -162,8 +160,7 @@ class Choice(simple_spread.Scenario):
         return seen
 
     def mismatch(self, seen, expected):
-        """How far observations [24, E] are from what they should be; which of two equally near landmarks comes first,
-        rounding decides."""
+        """How far observations [24, E] are off; which of two equally near landmarks comes first, rounding decides."""
         off = np.abs(seen - expected)
         listed, known = (x[4:16].reshape(6, 2, -1) for x in (seen, expected))
         apart = np.abs(listed[:, None] - known).max(2)  # [6, 6, E]
@@ -264,12 +261,10 @@ class ParticleVec(gym.vector.VectorEnv):
 
     def __init__(self, scenario: str, num_envs: int, prey: str = "", shift: str = ""):
         self.rules, self.num_envs = SCENARIOS[scenario](), num_envs
-        self.policy = make_prey(scenario, prey).get("agent_0")
-        self.world = self.rules.make_world()  # of all copies
-        self.start = self.rules.make_world()  # of one, to draw starts in
+        self.rules.shifted, self.policy = bool(shift), make_prey(scenario, prey).get("agent_0")
+        self.world, self.start = self.rules.make_world(), self.rules.make_world()  # of all, and one to draw starts in
         for entity in self.world.entities:
             entity.state.p_pos, entity.state.p_vel = np.zeros((2, num_envs)), np.zeros((2, num_envs))
-        self.rules.shifted = bool(shift)
         for agent in self.world.agents:
             agent.state.c = np.zeros((self.world.dim_c, num_envs))
         self.team, self.prey = self.world.agents[:3], self.world.agents[3:]
@@ -296,9 +291,7 @@ class ParticleVec(gym.vector.VectorEnv):
                     if hasattr(drawn, name):
                         vars(entity).setdefault(name, np.ones(self.num_envs))[i] = getattr(drawn, name)
         self.steps[mask] = 0
-        obs = self._observe(self.team)
-        rewards = np.zeros(obs.shape[:2], np.float32)
-        return obs, {"state": obs.reshape(self.num_envs, -1).copy(), "agent_rewards": rewards}
+        return self._observed(np.zeros((self.num_envs, len(self.team)), np.float32))
 
     def step(self, actions):
         actions, about = np.clip(actions, -1.0, 1.0).astype(np.float32), {}  # [E, N, 2]
@@ -310,11 +303,16 @@ class ParticleVec(gym.vector.VectorEnv):
             self.world.set_action(agent, action)
         self.world.step()
         self.steps += 1
-        obs, rewards = self._observe(self.team), self._rewards(self.team)
+        rewards = self._rewards(self.team)
+        obs, info = self._observed(rewards)
         if self.prey:
             about |= {"prey_next_obs": self._observe(self.prey)[:, 0], "prey_reward": self._rewards(self.prey)[:, 0]}
-        about |= {"state": obs.reshape(self.num_envs, -1).copy(), "agent_rewards": rewards}
-        return obs, rewards.mean(1).astype(np.float64), np.zeros(self.num_envs, bool), self.steps >= HORIZON, about
+        team, falls = rewards.mean(1).astype(np.float64), np.zeros(self.num_envs, bool)
+        return obs, team, falls, self.steps >= HORIZON, info | about
+
+    def _observed(self, rewards: np.ndarray) -> tuple[np.ndarray, dict]:
+        obs = self._observe(self.team)
+        return obs, {"state": obs.reshape(self.num_envs, -1).copy(), "agent_rewards": rewards}
 
     def _observe(self, agents) -> np.ndarray:
         """[E, agents, O]"""
@@ -372,29 +370,23 @@ class FilePrey:
     Computed in numpy and single precision; the observation has the layout of `Tag` or `Wood`.
 
     Args:
-        path: a `pretrained_adv_model.pt`. Nothing in it is executed. Raises `BadInput` if it is none, or another task's.
+        path: a `pretrained_adv_model.pt`. Nothing in it is executed. Raises `BadInput` if it is none of this task.
         obs_size: of the task's prey.
     """
 
     def __init__(self, path: str, obs_size: int):
-        sizes = {"fc1": (obs_size, 64), "fc2": (64, 64), "fc3": (64, 2)}
-        shapes = {f"in_fn.{name}": [obs_size] for name in ("running_mean", "running_var", "weight", "bias")}
-        shapes |= {f"{layer}.weight": [n_out, n_in] for layer, (n_in, n_out) in sizes.items()}
-        shapes |= {f"{layer}.bias": [n_out] for layer, (_, n_out) in sizes.items()}
         if not Path(path).is_file():
             raise BadInput(f"--prey {path}: there is no such file")
         try:
             policy = torch.load(path, map_location="cpu", weights_only=True)["agent_params"][3]["policy"]
-            self.w = {name: policy[name].numpy().astype(np.float32) for name in shapes}
-        except Exception as error:  # anything, in a file that is damaged
-            layers = "agent_params[3]['policy'] with in_fn, fc1, fc2 and fc3"
+            self.w = {name: value.numpy().astype(np.float32) for name, value in policy.items()}
+            with np.errstate(all="ignore"):
+                action = self(np.ones(obs_size, np.float32))
+        except Exception as error:  # anything, in a file that is damaged or another task's
+            layers = f"agent_params[3]['policy'] with in_fn, fc1, fc2 and fc3 that takes {obs_size} numbers"
             raise BadInput(f"--prey {path}: no plain weights of {layers}; code in a file is never run") from error
-        for name, shape in shapes.items():
-            if (found := list(self.w[name].shape)) != shape:
-                raise BadInput(f"--prey {path}: {name} has shape {found}, this task needs {shape}")
-        with np.errstate(all="ignore"):
-            if not np.isfinite(self(np.ones(obs_size, np.float32))).all():
-                raise BadInput(f"--prey {path}: its actions are not finite")
+        if action.shape != (2,) or not np.isfinite(action).all():
+            raise BadInput(f"--prey {path}: its actions are not two finite numbers")
 
     def __call__(self, obs: np.ndarray) -> np.ndarray:
         w = self.w

@@ -11,7 +11,6 @@ interruptions: an interrupted command goes on where it was. Layout: `common/data
 """
 
 import dataclasses
-import hashlib
 import shlex
 import shutil
 import sys
@@ -210,13 +209,6 @@ def check(options: Options) -> tuple[str, str, int, omad.Args | None]:
     return env_id, split, total, args
 
 
-def code() -> str:
-    """A checksum of the code that decides what a data set holds."""
-    here = Path(__file__).parent
-    paths = [here.parent / "omad.py", *sorted(here.glob("*.py")), *sorted((here.parent / "common").glob("*.py"))]
-    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
-
-
 def collect(options: Options) -> Path:
     """Makes the data set and returns its folder. Raises `BadInput`."""
     env_id, split, transitions, args = check(options)
@@ -229,7 +221,7 @@ def collect(options: Options) -> Path:
         "prey": sha256(options.prey) if options.prey else "the project's own",
         "policies": {level: load_behaviour(env_id, level, options.policies)[1]["sha256"] for level in levels},
         "args": dataclasses.asdict(args) | {"prey": ""} if args else None,
-        "packages": versions()["packages"], "code": code(),
+        "versions": versions(),
     }  # fmt: skip
     team, prey, _ = layout(env_id)
     writer = Writer(folder, env_id, team | prey, transitions, origin)

@@ -971,7 +971,7 @@ def test_other_things_that_are_not_there(made, tmp_path):
         load_dataset("")
     (tmp_path / "empty").mkdir()
     with pytest.raises(BadInput, match="empty: no .npy files there"):
-        load_dataset(tmp_path / "empty")
+        load_dataset(tmp_path / "empty", env_id="omar_simple_tag")
     with pytest.raises(BadInput, match="did you mean omar_simple_spread-medium"):
         load_dataset("omar_simple_spread-mdium")
 

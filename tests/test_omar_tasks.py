@@ -367,14 +367,14 @@ BROKEN = {  # what is wrong with the file -> what the message says
     "empty": (lambda path: path.write_bytes(b""), WEIGHTS),
     "no prey": (lambda path: checkpoint(path, 14, agents=2), WEIGHTS),
     "no bias": (lambda path: checkpoint(path, 14, lambda p: {k: v for k, v in p.items() if k != "fc2.bias"}), WEIGHTS),
-    "of world": (lambda path: checkpoint(path, 22), "in_fn.running_mean has shape [22], this task needs [14]"),
+    "of world": (lambda path: checkpoint(path, 22), "that takes 14 numbers"),
     "negative": (
         lambda path: checkpoint(path, 14, lambda p: p | {"in_fn.running_var": p["in_fn.running_var"] - 3}),
-        "its actions are not finite",
+        "its actions are not two finite numbers",
     ),
     "infinite": (
         lambda path: checkpoint(path, 14, lambda p: p | {"fc1.weight": p["fc1.weight"] / 0}),
-        "its actions are not finite",
+        "its actions are not two finite numbers",
     ),
 }
 
