@@ -6,10 +6,9 @@ A data set is a folder of .npy files in the layout that OMAR introduced, one of 
     states_<i> [T, S]  next_states_<i> [T, S]                              MuJoCo only, the same for every agent
 
 Row t is a transition, and episodes follow each other row by row. In the particle tasks `dones` is 0 throughout, and
-episodes are blocks of 25 rows. In MuJoCo it is 1 in the last row of an episode: after `horizon` steps (1000) that is the
-time limit, before that a fall. Tag and world also hold the prey, as the last agent. Beside the arrays, data made here
-have a `card.json`: what they are, who made them, how they score, and a checksum of every file. Data that others made
-have none, and load all the same.
+episodes are blocks of 25 rows. In MuJoCo it is 1 in the last row of an episode: after `horizon` steps (1000) that is
+the time limit, before that a fall. Tag and world also hold the prey, as the last agent. Data made here have a
+`card.json`: what they are, who made them, how they score, and a checksum of every file. Others load without.
 
 Shape letters: T transitions, N agents (of the team), O observation, A action, S joint state, K episodes.
 """
@@ -69,10 +68,9 @@ class AgentArray:
         if agent is not None:
             return np.array(self.parts[agent][rows], np.float32)
         parts = [np.asarray(part[rows], np.float32) for part in self.parts]
-        if not self.widths:
-            return np.stack(parts, -1)
-        missing = [self.shape[-1] - width for width in self.widths]
-        return np.stack([np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, m)]) for x, m in zip(parts, missing)], -2)
+        if self.widths:
+            parts = [np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, self.shape[-1] - x.shape[-1])]) for x in parts]
+        return np.stack(parts, -2 if self.widths else -1)
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         return self[:] if dtype is None else self[:].astype(dtype)
@@ -171,10 +169,9 @@ def find_env_id(source: str | Path, env_id: str = "") -> str:
 
 
 def split_episodes(env_id: str, marks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Episodes from the marks [T] of their ends: first row and row after the last [K, 2], terminations, truncations [T].
+    """Episodes by the marks [T] of their ends: first row and row after the last [K, 2], terminations, truncations [T].
 
-    An episode ends where it is marked, after `horizon` steps, or with the data. Only a mark before `horizon` steps is a
-    termination.
+    An episode ends where it is marked, after `horizon` steps, or with the data; by termination if marked before that.
     """
     horizon, ends, start = find_task(env_id).horizon, [], 0
     for end in [*np.flatnonzero(marks) + 1, len(marks)]:
@@ -190,9 +187,7 @@ def split_episodes(env_id: str, marks: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return episodes, terminations, truncations
 
 
-def open_dataset(
-    source: str | Path, fraction: float = 1.0, seed: int = 0, env_id: str = "", data_seed: int = 0
-) -> Dataset:
+def open_dataset(source: str | Path, fraction=1.0, seed=0, env_id="", data_seed=0) -> Dataset:
     """`load_dataset`, but a data set of this project's that is not there yet is made first."""
     if not is_folder(source) and not data_folder(source, data_seed).is_dir():
         print(f"data      {source} is not there yet: making it", flush=True)
@@ -202,21 +197,17 @@ def open_dataset(
     return load_dataset(source, fraction, seed, env_id, data_seed)
 
 
-def load_dataset(
-    source: str | Path, fraction: float = 1.0, seed: int = 0, env_id: str = "", data_seed: int = 0
-) -> Dataset:
+def load_dataset(source: str | Path, fraction=1.0, seed=0, env_id="", data_seed=0) -> Dataset:
     """Reads and checks a data set. Every file is read once, for its numbers and, if there is a card, its checksum.
 
     Args:
-        source: a name, `<task>-<split>`, of data made here (`datasets/collect.py`); or the path of a folder of .npy
-            files.
+        source: a name, `<task>-<split>`, of data made here (`datasets/collect.py`); or the path of a folder.
         fraction: the share of its episodes to keep; whole episodes, drawn without replacement.
         seed: decides which.
         env_id: the task of a folder without card whose path does not say it; OMAR's names of the tasks will do.
         data_seed: with a name, the `--seed` that the data were made with.
 
-    Raises `BadInput` for a data set that is not there or cannot be right: what is wrong, in which file and row, and
-    what to do.
+    Raises `BadInput` for data that are not there or cannot be right: what is wrong, in which row, and what to do.
     """
     if not 0 < fraction <= 1:
         raise BadInput(f"--data-fraction {fraction} must be above 0 and at most 1")
@@ -304,8 +295,6 @@ def _open_files(folder: Path, env_id: str, card: dict | None) -> tuple[dict[str,
     for name, array in files.items():
         if len(array) != rows:
             raise BadInput(f"{folder / name}.npy has {len(array):,} rows, obs_0.npy has {rows:,}: one is cut short")
-    if card and card["transitions"] != rows:
-        raise BadInput(f"{folder}: {rows:,} rows, but its card says {card['transitions']:,}")
     return files, agents
 
 

@@ -91,9 +91,8 @@ def _mpe(module, description: str, opponents: Mapping[str, Opponent] = {}, **kwa
 def scripted_adversary(obs: np.ndarray) -> np.ndarray:
     """The opponent of simple_adversary, which is not told which of the landmarks is the goal.
 
-    It walks to the landmark that a good agent is closest to: who goes to the goal alone shows it the way, and the team
-    does best with one agent on each landmark. Its force is its distance from there, at most 1 on each axis; that gets
-    there soonest, for a larger force swings past it. Deterministic.
+    It walks to the landmark that a good agent is closest to: the team does best with one agent on each. Its force is
+    its distance from there, at most 1 on each axis; a larger one swings past it. Deterministic.
 
     obs: relative positions of two landmarks and two good agents [8] -> force [2] in [-1, 1].
     """
@@ -277,8 +276,7 @@ def make_env(env_id: str, observation="", render_mode: str | None = None, prey="
 
 class ShiftedRobot(gym.Wrapper):
     """HalfCheetah whose body is redrawn at each reset, see `ROBOT_SHIFTS`: the factor on all motors' gears, the density
-    of the torso (usually 1000: mass and inertia follow; the other parts keep theirs, so that the whole weighs more or
-    less), and the sliding friction of all surfaces (usually 0.4)."""
+    of the torso (usually 1000: its mass and inertia follow), and the sliding friction of all surfaces (usually 0.4)."""
 
     def __init__(self, env: gym.Env, shift: str):
         super().__init__(env)
@@ -310,9 +308,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def make_vec(
-    env_id: str, num_envs: int, observation="", processes: bool | None = None, prey="", shift=""
-) -> gym.vector.VectorEnv:
+def make_vec(env_id: str, num_envs: int, observation="", processes: bool | None = None, prey="", shift=""):
     """`num_envs` copies in one of gymnasium's vector environments, each with episode statistics in `info["episode"]`.
 
     With `processes` every copy has a process of its own, as many at work at a time as there are cores. By default 2 to
@@ -414,8 +410,7 @@ def _action_converter(env: ParallelEnv, agent: str) -> tuple[int, Callable[[np.n
     """Size of an agent's action in [-1, 1], and the function that turns it into the environment's own (float32).
 
     In general [-1, 1] is stretched onto the action space. MPE moves an agent by the force [a2 - a1, a4 - a3], four
-    numbers for two: the exact two-number form puts each sign in its own slot. Communication follows, from [-1, 1] onto
-    [0, 1].
+    numbers for two: each sign is put in its own slot. Communication follows, from [-1, 1] onto [0, 1].
     """
     space = env.action_space(agent)
     size, low, high = space.shape[0], space.low, space.high
@@ -438,13 +433,13 @@ def _action_converter(env: ParallelEnv, agent: str) -> tuple[int, Callable[[np.n
 # --- what is kept of a run ---
 
 
+Act = Callable[[np.ndarray], np.ndarray]  # observations [E, N, O] -> actions [E, N, A]
+
+
 def check_video() -> None:
     """Raises `BadInput` if videos cannot be made."""
     if not importlib.util.find_spec("moviepy"):
         raise BadInput("--capture-video needs the package moviepy, see requirements.txt")
-
-
-Act = Callable[[np.ndarray], np.ndarray]  # observations [E, N, O] -> actions [E, N, A]
 
 
 def record_video(act: Act, env_id: str, folder: Path, seed: int, observation="", prey="", shift="") -> None:
@@ -467,10 +462,7 @@ def record_video(act: Act, env_id: str, folder: Path, seed: int, observation="",
 
 
 class RecordPositions(gym.vector.VectorWrapper):
-    """Remembers where the robots are after every step, if they move in a plane.
-
-    before: `positions` so far, of a run that is gone on with.
-    """
+    """Remembers where robots that move in a plane are after every step; `before`: the `positions` of a resumed run."""
 
     def __init__(self, envs: gym.vector.VectorEnv, before: np.ndarray | None = None):
         super().__init__(envs)

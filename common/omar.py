@@ -119,13 +119,12 @@ class Spread(Paced, simple_spread.Scenario):
 
 class Choice(simple_spread.Scenario):
     """spread with six landmarks, of which three agents can cover any three. Not one of OMAR's, but by their rules.
-    Observation [24]: as in spread, but with the landmarks nearest first: in a fixed order a policy need not look, it
-    learns the six directions in which landmarks are on average.
+    Observation [24]: as in spread, but with the landmarks nearest first, lest a policy learn their usual directions.
 
     The landmarks stand on a ring of radius 0.6, 60 degrees apart, turned by up to 30 degrees either way; agents start
     in the middle, so that they have several good ways to go. They are small, lest contacts choose the way, and slow,
-    0.4 at most, so that it takes half of an episode. The shift "fewer" takes three landmarks away in each episode; for
-    each of them agents see one of those left once more: what is observed keeps its size and its range.
+    so that it takes half of an episode. The shift "fewer" takes three landmarks away in each episode; for each of them
+    agents see one of those left once more.
     """
 
     shifted = False
@@ -332,8 +331,7 @@ class ScriptedPrey:
 
     Predators and obstacles within `SIGHT` push it away with 1 / distance^2, and so does, linearly, the border of the
     square [-1, 1]^2 from `EDGE` on. `PACE` is the size of its force, which takes it to 0.9 of the predators' greatest
-    speed: one predator that runs straight after it catches up slowly, three that close in from different sides do
-    better. Deterministic, no memory.
+    speed. Deterministic, no memory.
 
     Args:
         landmarks: how many landmarks its observation holds; of these the first `solid` are obstacles.
@@ -367,11 +365,8 @@ def make_prey(scenario: str, path: str = "") -> dict[str, Prey]:
 class FilePrey:
     """A prey network as OMAR publishes it: normalisation by fixed statistics, two hidden layers of 64 (ReLU), tanh.
 
-    Computed in numpy and single precision; the observation has the layout of `Tag` or `Wood`.
-
-    Args:
-        path: a `pretrained_adv_model.pt`. Nothing in it is executed. Raises `BadInput` if it is none of this task.
-        obs_size: of the task's prey.
+    Computed in numpy and single precision. `path`: a `pretrained_adv_model.pt`, in which nothing is executed; it must
+    take the `obs_size` numbers that the prey of `Tag` or `Wood` sees.
     """
 
     def __init__(self, path: str, obs_size: int):

@@ -31,13 +31,6 @@ from common.datasets import DATA, data_folder, layout, split_name
 from common.envs import Act, BadInput, check_options, find_task, make_vec, mix_seed, sha256, versions
 from writer import Writer
 
-LEVELS = {  # split -> who plays how large a share of it
-    "random": {"random": 1.0},
-    "random-medium": {"random": 0.5, "medium": 0.5},
-    "medium": {"medium": 1.0},
-    "medium-expert": {"medium": 0.5, "expert": 0.5},
-    "expert": {"expert": 1.0},
-}
 CHUNK = 10_000  # transitions that are played side by side and written together
 SAVE_EVERY = 5.0  # seconds of work that an interruption may cost
 
@@ -62,11 +55,11 @@ class Options:
 
 
 class Recorder(gym.vector.VectorWrapper):
-    """Writes what happens in `envs` into the files of `writer`, from row `start` up to row `end`, episode after episode.
+    """Writes what happens in `envs` into the files of `writer`, from row `start` up to row `end`, episode by episode.
 
     The copies step side by side, but a row is the place of a transition in its episode, and an episode follows the one
-    before it in the same place, copy after copy. That needs to know when all copies start afresh: at each `reset` with a
-    seed, when all have just finished an episode.
+    before it in the same place, copy after copy. That needs to know when all copies start afresh: at each `reset` with
+    a seed, when all have just finished an episode.
     """
 
     def __init__(self, envs: gym.vector.VectorEnv, writer: Writer, start: int, end: int):
@@ -90,20 +83,17 @@ class Recorder(gym.vector.VectorWrapper):
         episode, step = divmod(self.count, self.horizon)
         rows = self.base + (episode * self.num_envs + np.arange(self.num_envs)) * self.horizon + step
         keep = rows < self.end
-        values = {
-            "obs": self.obs, "acs": np.clip(actions, -1.0, 1.0), "rews": info["agent_rewards"], "next_obs": next_obs,
-        }  # fmt: skip
-        shared = {
-            "dones": terminated | truncated if self.marks_limits else terminated,
-            "states": self.state, "next_states": info["state"],
-        }  # fmt: skip
+        dones = terminated | truncated if self.marks_limits else terminated
+        shared = {"dones": dones, "states": self.state, "next_states": info["state"]}
+        actions, rewards = np.clip(actions, -1.0, 1.0), info["agent_rewards"]
+        team = {"obs": self.obs, "acs": actions, "rews": rewards, "next_obs": next_obs}
         prey = {"obs": "prey_obs", "acs": "prey_action", "rews": "prey_reward", "next_obs": "prey_next_obs"}
         for name, array in self.writer.files.items():
             kind, _, i = name.rpartition("_")
             if kind in shared:
                 value = shared[kind]
             else:
-                value = values[kind][:, int(i)] if int(i) < self.writer.agents else info[prey[kind]]
+                value = team[kind][:, int(i)] if int(i) < self.writer.agents else info[prey[kind]]
             array[rows[keep]] = value[keep, : array.shape[1]] if array.ndim > 1 else value[keep]
         self.obs, self.state, self.count = next_obs, info["state"], self.count + 1
         if truncated.all():  # an episode of every copy is whole: on the disk before a checkpoint can say so
@@ -115,9 +105,9 @@ def play_all(options: Options, writer: Writer, split: str) -> list[dict]:
     """Fills the files with episodes of policies that do not learn. Returns the share of each, and the policy's card."""
     env_id, horizon = writer.env_id, find_task(writer.env_id).horizon
     chunks, players, shares, first = [], {}, [], 0
-    for level, share in LEVELS[split].items():
-        half = first + round(share * writer.transitions / horizon) * horizon
-        last = half if share < 1 and not first else writer.transitions
+    for level in split.split("-"):
+        half = round(0.5 * writer.transitions / horizon) * horizon
+        last = half if "-" in split and not first else writer.transitions
         about = "uniform in [-1, 1]"
         if level != "random":
             policy, known = load_behaviour(env_id, level, options.policies)
@@ -128,7 +118,7 @@ def play_all(options: Options, writer: Writer, split: str) -> list[dict]:
         chunks += [(level, part, start, last) for part, start in enumerate(range(first, last, CHUNK))]
         first = last
     envs = make_vec(env_id, CHUNK // horizon, prey=options.prey)
-    saved = said = time.time()
+    saved = time.time()
     for done in range(writer.done, len(chunks)):
         level, part, start, end = chunks[done]
         # A chunk's start states and actions depend on its own place only; two unrelated seeds, lest they correlate. It
@@ -138,13 +128,10 @@ def play_all(options: Options, writer: Writer, split: str) -> list[dict]:
         torch.manual_seed(mix_seed(*key, 1))
         act = random_actions(key, envs) if level == "random" else players[level]
         play(act, Recorder(envs, writer, start, end), [int(seed) for seed in seeds])
-        now, last = time.time(), done == len(chunks) - 1
-        if now - saved > SAVE_EVERY or last:
+        if time.time() - saved > SAVE_EVERY or done == len(chunks) - 1:
             writer.save(done + 1)
-            saved = now
-        if now - said > 10:
-            print(f"{options.dataset}: {start + CHUNK:,} of {writer.transitions:,} transitions", flush=True)
-            said = now
+            saved = time.time()
+            print(f"{options.dataset}: {min(start + CHUNK, end):,} of {writer.transitions:,} transitions", flush=True)
     envs.close()
     return shares
 
@@ -204,7 +191,7 @@ def check(options: Options) -> tuple[str, str, int, omad.Args | None]:
     total = options.transitions or (args.total_timesteps if args else 1_000_000)
     if args and total > args.total_timesteps:
         raise BadInput(f"--transitions {total:,}: the run of {env_id}'s medium policy has {args.total_timesteps:,}")
-    if not args and len(LEVELS[split]) > 1 and total < 2 * horizon:
+    if not args and "-" in split and total < 2 * horizon:
         raise BadInput(f"--transitions {total}: two halves need two episodes, {2 * horizon}")
     return env_id, split, total, args
 
@@ -213,9 +200,7 @@ def collect(options: Options) -> Path:
     """Makes the data set and returns its folder. Raises `BadInput`."""
     env_id, split, transitions, args = check(options)
     folder = data_folder(options.dataset, options.seed, options.out)
-    if folder.exists():
-        raise BadInput(f"{folder}: there is a data set already; delete it first to make it anew")
-    levels = [level for level in LEVELS.get(split, {"medium": 1}) if level != "random"]
+    levels = [level for level in ("medium", "expert") if level in split]
     origin = {
         "dataset": options.dataset, "transitions": transitions, "seed": options.seed,
         "prey": sha256(options.prey) if options.prey else "the project's own",
@@ -228,7 +213,7 @@ def collect(options: Options) -> Path:
     if writer.done:
         print(f"going on with the unfinished data set in {writer.temporary}")
     shares = relive(options, args, writer) if args else play_all(options, writer, split)
-    words = f"python datasets/collect.py --dataset {options.dataset} --transitions {transitions}".split()
+    words = ["python", "datasets/collect.py", "--dataset", options.dataset, "--transitions", str(transitions)]
     words += ["--seed", str(options.seed)]
     words += ["--prey", options.prey] if options.prey else []
     words += ["--policies", str(options.policies)] if options.policies != POLICIES else []

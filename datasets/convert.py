@@ -5,16 +5,13 @@
     python datasets/convert.py to-vault omar_simple_spread-medium --out simple_spread.vlt/Medium
 
 Vaults are the format of OG-MARL (one zarr array [1, T, N, ...] per quantity in a tensorstore database); they need the
-package tensorstore, which nothing else here does. MADiff's MaMuJoCo data are obs.npy, actions.npy, rewards.npy
-[T, N, ...] and path_lengths.npy.
+package tensorstore. Our `terminals` mark every end of an episode, our `truncations` those by the time limit, as
+OG-MARL's own tools expect; in vaults of others an end after as many steps as an episode can have counts as a time
+limit, whichever marks it. MADiff's MaMuJoCo data are obs.npy, actions.npy, rewards.npy [T, N, ...], path_lengths.npy.
 
-In vaults, `terminals` mark every end of an episode, and `truncations` those by the time limit, as OG-MARL's own tools
-expect; in vaults of others an end after exactly as many steps as an episode can have counts as a time limit, whichever
-of the two marks it.
-
-Neither of them keeps the observation after the last step of an episode. In its place stands the last observation again,
-the card says so (`last_next_obs`), and `Dataset.next_known` marks these rows where the episode did not end by a fall: a
-method that learns values has to leave them out.
+Neither keeps the observation after the last step of an episode. In its place stands the last one again, the card says
+so (`last_next_obs`), and `Dataset.next_known` is False in these rows unless the episode ended by a fall: a method that
+learns values has to leave them out.
 """
 
 import json
@@ -44,7 +41,6 @@ def write(
     N counts the prey, if it is there. Observations and actions of smaller agents are padded at their end. The data set
     is checked as any other; one that does not pass is deleted.
     """
-    _check_new(out)
     team, prey, agents = layout(env_id)
     task, rows = find_task(env_id), len(obs)
     if obs.ndim != 3 or actions.ndim != 3 or not rows or {actions.shape[:2], rewards.shape} != {obs.shape[:2]}:
@@ -64,9 +60,9 @@ def write(
     if [obs.shape[2], actions.shape[2]] != widths:
         theirs = f"{obs.shape[2]} observations and {actions.shape[2]} actions of an agent"
         raise BadInput(f"{source}: {theirs}; in {env_id} they are {widths[0]} and {widths[1]}")
-    bad = np.argwhere(~np.isfinite(rewards))
-    if len(bad):  # other numbers are looked at once they are written
-        raise BadInput(f"{source}: reward of agent {bad[0, 1]} in row {bad[0, 0]:,} is not finite")
+    if not np.isfinite(rewards).all():  # other numbers are looked at once they are written
+        row, agent = np.argwhere(~np.isfinite(rewards))[0]
+        raise BadInput(f"{source}: reward of agent {agent} in row {row:,} is not finite")
     wild = np.abs(actions) > 1
     if wild.any():
         print(f"clipped: {wild.sum():,} of {wild.size:,} actions, the largest {np.abs(actions).max():.3g}, to [-1, 1]")
@@ -97,11 +93,6 @@ def write(
             reason = str(error).replace(f"{out}/", "")
             raise BadInput(f"{source}: does not pass the checks once converted: {reason}") from error
         raise
-
-
-def _check_new(out: Path) -> None:
-    if out.exists():
-        raise BadInput(f"{out}: is there already; give the name of a new folder")
 
 
 # --- vaults ---
@@ -153,8 +144,7 @@ def from_vault(vault: tyro.conf.Positional[Path], env_id: str, out: Path) -> Non
     joint = state[0] if state and not find_task(env_id).scenario else None  # there it is nothing but all observations
     if joint is not None and joint.ndim == 3:  # a copy for each agent
         same = (joint == joint[:, :1]).all()
-        if not same:
-            print("left out: states, which differ from agent to agent")
+        print("left out: states, which differ from agent to agent\n" * (not same), end="")
         joint = joint[:, 0] if same else None
     write(env_id, out, vault, obs, actions, rewards, marks, joint)
 
@@ -167,7 +157,8 @@ def to_vault(dataset: tyro.conf.Positional[str], out: Path, env_id: str = "") ->
         out: the new folder, by custom <scenario>.vlt/<quality>
         env_id: the task of a folder without card
     """
-    _check_new(out)
+    if out.exists():
+        raise BadInput(f"{out}: is there already")
     data = load_dataset(dataset, env_id=env_id)
     agents = len(list(data.folder.glob("obs_*.npy")))  # with the prey
     read = lambda kind: [np.load(data.folder / f"{kind}_{i}.npy", mmap_mode="r") for i in range(agents)]
@@ -228,17 +219,13 @@ def from_madiff(folder: tyro.conf.Positional[Path], env_id: str, out: Path) -> N
     obs, actions, rewards, lengths = arrays
     horizon = find_task(env_id).horizon
     if lengths.sum() != len(obs) or not 1 <= lengths.min() <= lengths.max() <= horizon:
-        raise BadInput(
-            f"{folder}/path_lengths.npy: not the lengths of the episodes in {len(obs):,} rows, of at most {horizon} "
-            f"steps in {env_id}"
-        )
-    if obs.ndim != 3 or rewards.ndim not in (2, 3) or rewards.shape[2:] not in ((), (1,)):
-        raise BadInput(f"{folder}: obs {list(obs.shape)} and rewards {list(rewards.shape)} are not [T, N, ...]")
+        what = f"not the lengths of the episodes in {len(obs):,} rows, of at most {horizon} steps in {env_id}"
+        raise BadInput(f"{folder}/path_lengths.npy: {what}")
     agents, marks = obs.shape[1], np.zeros(len(obs), bool)
-    if not (obs[:, :, :agents] == np.eye(agents)).all():
+    if obs.ndim != 3 or not (obs[:, :, :agents] == np.eye(agents)).all():
         raise BadInput(f"{folder}/obs.npy: observations do not begin with the agent's number as one of {agents}")
     marks[lengths.cumsum() - 1] = True
-    write(env_id, out, folder, obs[:, :, agents:], actions, rewards.reshape(rewards.shape[:2]), marks)
+    write(env_id, out, folder, obs[:, :, agents:], actions, rewards.reshape(len(obs), -1), marks)
 
 
 def main() -> int:

@@ -22,8 +22,8 @@ class Writer:
         transitions: T, its rows.
         origin: what decides its contents; if another origin's rows are there, they are thrown away.
 
-    Attributes: `files`, the arrays to write to; `done`, how many parts of the work earlier calls have finished (`save`);
-    `scratch`, a folder that is deleted in the end.
+    Attributes: `files`, the arrays to write to; `done`, how many parts of the work are finished (`save`); `scratch`, a
+    folder that is deleted in the end.
 
     Raises `BadInput` if another process is making the same data set, `OSError` if the disk is too small for it.
     """
@@ -32,6 +32,8 @@ class Writer:
         self.folder, self.temporary = folder, folder.with_name(f".{folder.name}.unfinished")
         self.env_id, self.transitions, self.agents = env_id, transitions, layout(env_id)[2]
         self.origin, self.scratch = json.loads(json.dumps(origin)), self.temporary / "scratch"
+        if folder.exists():
+            raise BadInput(f"{folder}: is there already; delete it first, or give the name of a new folder")
         folder.parent.mkdir(parents=True, exist_ok=True)
         self.lock = filelock.FileLock(self.temporary.with_suffix(".lock"))
         try:
