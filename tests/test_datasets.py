@@ -15,6 +15,7 @@ import time
 import behaviour
 import collect
 import convert
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -213,25 +214,42 @@ def test_behaviour_policies_act_with_their_own_noise(policies):
     assert one.shape == (6, 3, 2) and not np.array_equal(one, other)
 
 
-def test_medium_replay_is_the_replay_of_the_training_run(made, policies, tmp_path):
+class Spy(gym.vector.VectorWrapper):
+    """Keeps what happens, step by step: observations before and after [E, N, 2 O], and rewards [E]."""
+
+    def __init__(self, envs):
+        super().__init__(envs)
+        self.seen, self.rewards = [], []
+
+    def reset(self, **options):
+        self.obs, info = self.env.reset(**options)
+        return self.obs, info
+
+    def step(self, actions):
+        result = self.env.step(actions)
+        self.seen.append(np.concatenate([self.obs, result[0]], 2))
+        self.rewards.append(result[1])
+        self.obs = result[0]
+        return result
+
+
+def test_medium_replay_is_what_happens_in_the_training_run(made, policies, tmp_path):
     """Its rows are those of a plain `omad.py` run of the same arguments, in another order: episode after episode."""
     files = arrays(made("omar_simple_spread-medium-replay", 800))
     args = behaviour.load_behaviour("omar_simple_spread", "medium", policies)[1]["args"]
-    omad.train(dataclasses.replace(args, run_dir=str(tmp_path)))
+    spy = Spy(make_vec(args.env_id, args.num_envs))
+    omad.train(dataclasses.replace(args, run_dir=str(tmp_path)), envs=spy)
     (run,) = tmp_path.iterdir()
-    replay = torch.load(run / "checkpoint.pt", weights_only=True)["replay"]["data"]
     order = lambda rows: rows[np.lexsort(rows.T)]
-    ours = np.hstack([np.hstack([files[f"{kind}_{i}"] for kind in ("obs", "next_obs")]) for i in range(3)])
-    theirs = np.hstack([np.hstack([replay[kind][:, i].numpy() for kind in ("obs", "next_obs")]) for i in range(3)])
-    assert len(ours) == len(theirs) == 800
+    ours = np.hstack([np.hstack([files[f"obs_{i}"], files[f"next_obs_{i}"]]) for i in range(3)])
+    theirs = np.concatenate(spy.seen).reshape(800, -1)
     np.testing.assert_array_equal(order(ours), order(theirs))
-    np.testing.assert_allclose(
-        np.sort(replay["reward"].numpy()), np.sort(np.mean([files[f"rews_{i}"] for i in range(3)], 0)), rtol=1e-5
-    )
+    rewards = np.mean([files[f"rews_{i}"] for i in range(3)], 0)
+    np.testing.assert_allclose(np.sort(np.concatenate(spy.rewards)), np.sort(rewards), rtol=1e-5)
     last = np.arange(800) % 25 == 24
     np.testing.assert_array_equal(files["next_obs_0"][:-1][~last[:-1]], files["obs_0"][1:][~last[:-1]])
     card = json.loads((made("omar_simple_spread-medium-replay", 800) / "card.json").read_bytes())
-    about, last = card["behaviour"][0]["policy"], torch.load(run / "checkpoint.pt", weights_only=True)["rows"][-1]
+    about, last = card["behaviour"][0]["policy"], omad.load_policy(run / "policy.pt")[1]
     assert about["return"]["mean"] == round(last["return_mean"], 2) and about["steps"] == 800
     assert about["ends_as_the_medium_policy"] is False  # that of these tests was never trained
     short = arrays(made("omar_simple_spread-medium-replay", 200))  # its first part
