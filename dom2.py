@@ -27,7 +27,6 @@ import copy
 import dataclasses
 import difflib
 import gc
-import hashlib
 import importlib.util
 import io
 import json
@@ -35,11 +34,9 @@ import math
 import os
 import re
 import shutil
-import subprocess
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,8 +51,10 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
-from common.datasets import SCORES, DataError, Dataset, data_folder, find_env_id, load_dataset, normalize, sha256, versions
-from common.envs import TeamEnv, UnknownTask, check_observation, check_shift, find_prey, find_task, make_env, make_vec
+from common.datasets import Dataset, check_sizes, find_env_id, is_folder, normalize, open_dataset
+from common.envs import (
+    BadInput, TeamEnv, check_options, find_task, make_env, make_vec, mix_seed, record_video, sha256, versions,
+)  # fmt: skip
 
 # ============================================================================================================================
 # 1. Arguments
@@ -216,7 +215,7 @@ SPLIT_PRESETS = {
 
 def preset(dataset: str, env_id: str = "") -> Args:
     """The defaults of a data set, by its task and, if it is one of this project's by name, its split."""
-    with contextlib.suppress(DataError):
+    with contextlib.suppress(BadInput):
         env_id = find_env_id(dataset, env_id)
     values = ROBOT if env_id.startswith(("mamujoco_", "omar_halfcheetah")) else TASKS.get(env_id, {})
     split = dataset.partition("-")[2] if dataset.startswith(env_id) else ""
@@ -560,7 +559,7 @@ class Data:
         weights = np.repeat(weights, np.diff(data.episodes, axis=1)[:, 0], axis=1) * data.next_known  # [N, T]
         self.upto = torch.from_numpy(weights.cumsum(1)).to(device)
         self.agents = torch.arange(n, device=device)[:, None]
-        self.checksum = hashlib.sha256(data.episodes.tobytes() + data.returns.tobytes()).hexdigest()  # tells other data apart
+        self.checksum = data.checksum
 
     def draw(self, batch: int, generator: torch.Generator) -> Tensor:
         """Rows [N, B]."""
@@ -871,41 +870,13 @@ FORMAT = "dom2-5"  # of checkpoint.pt; raise it when a change makes older files 
 COLUMNS = ("step", "wall_time_s", "return_mean", "return_std", "episodes", "normalized_score")  # of eval.csv; a step is an update
 
 
-class BadInput(Exception):
-    """Something the user has to change: one line on stderr, exit code 2."""
-
-
-class FailedRun(Exception):
+class FailedRun(RuntimeError):
     """A run that cannot go on: one line on stderr, exit code 3."""
 
 
 def open_data(args: Args) -> Dataset:
     """The data set, which is made first if it is one of this project's and not there yet. Raises `BadInput`."""
-    try:
-        if not is_folder(args.dataset) and not data_folder(args.dataset, args.data_seed).is_dir():
-            print(f"data      {args.dataset} is not there yet: making it", flush=True)
-            script = Path(__file__).parent / "datasets" / "collect.py"
-            command = [sys.executable, str(script), "--dataset", args.dataset, "--seed", str(args.data_seed)]
-            if subprocess.run(command).returncode:
-                raise BadInput(f"{args.dataset}: could not be made, see above")
-        return load_dataset(args.dataset, args.data_fraction, args.seed, args.env_id, args.data_seed)
-    except DataError as error:
-        raise BadInput(str(error)) from error
-
-
-def is_folder(dataset: str) -> bool:
-    """Whether --dataset gives a path, as it does unless it looks like a name."""
-    return Path(dataset).expanduser().is_dir() or len(Path(dataset).parts) > 1
-
-
-def check_sizes(data: Dataset, env: TeamEnv) -> None:
-    """Raises `BadInput` if the agents of the task do not see and do what the data hold."""
-    theirs, ours = (data.obs.widths, data.actions.widths), (env.obs_sizes, env.action_sizes)
-    if theirs != ours:
-        raise BadInput(
-            f"{data.name}: observations {theirs[0]} and actions {theirs[1]}, in {data.env_id} they are {ours[0]} and {ours[1]}; "
-            "--observation says what agents see"
-        )
+    return open_dataset(args.dataset, args.data_fraction, args.seed, args.env_id, args.data_seed)
 
 
 class Run:
@@ -937,10 +908,7 @@ class Run:
             print(f"prey      {args.prey}")
         if data.card and data.card.get("prey") not in (None, self.prey or "the project's own"):
             print("note      the data are of another prey than the one of the evaluations")
-        print(
-            f"data      {data.folder}: {len(data.obs):,} transitions, {len(data.returns):,} episodes, return {data.returns.mean():.1f} "
-            f"± {data.returns.std():.1f}"
-        )
+        print(f"data      {data}")
         print(f"sizes     {env.num_agents} agents; observations {env.obs_sizes}, actions {env.action_sizes}")
         print(f"device    {agent.device}, {torch.get_num_threads()} CPU thread(s)")
         print(f"networks  {args.policy} policies {count(agent.policy)}, critics {count(agent.critic)}")
@@ -1024,7 +992,7 @@ class Run:
         except ImportError as error:  # a machine with less than requirements.txt: not worth failing a finished run
             print(f"note      no curve.png: {error}")
         if self.args.capture_video:
-            record_video(self.agent, self.args, self.env_id, self.path / "videos")
+            save_video(self.agent, self.args, self.env_id, self.path / "videos")
         print(f"done in {_duration(self.seconds)}: {self.path}")
 
     def checkpoint(self) -> dict:
@@ -1059,7 +1027,7 @@ class Run:
 
 def normalized(env_id: str, score: float) -> float:
     """On the scale of the task's published scores, 0 random and 100 expert; NaN if there are none."""
-    return float(normalize(score, SCORES.get(env_id, (math.nan, math.nan))))
+    return float(normalize(env_id, score))
 
 
 def summary(env_id: str, returns: np.ndarray) -> str:
@@ -1102,7 +1070,7 @@ def write(path: Path, dump: Callable[[BinaryIO], object]) -> None:
 
 
 def write_config(path: Path, args: Args) -> None:
-    config = {"args": dataclasses.asdict(args), **versions("tyro", "tensorboard")}
+    config = {"args": dataclasses.asdict(args), **versions()}
     write(path / "config.json", lambda file: file.write(json.dumps(config, indent=2).encode()))
 
 
@@ -1197,22 +1165,9 @@ def draw_curve(path: Path, args: Args, rows: list[dict]) -> None:
     plt.close(figure)
 
 
-def record_video(agent: DOM2, args: Args, env_id: str, folder: Path) -> None:
-    """Videos of the policy through gymnasium's own wrapper, four short episodes or a long one; needs no screen."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # older videos in the folder are replaced
-        env = gym.wrappers.RecordVideo(
-            make_env(env_id, args.observation, "rgb_array", args.prey, args.shift), str(folder), episode_trigger=lambda _: True
-        )
-    generator = torch.Generator(agent.device).manual_seed(args.seed)
-    for episode in range(4 if find_task(env_id).horizon <= 100 else 1):
-        obs, _ = env.reset(seed=evaluation_seed(args.seed) + episode)
-        done = False
-        while not done:
-            obs, _, terminated, truncated, _ = env.step(agent.act(obs[None], generator)[0])
-            done = terminated or truncated
-    env.close()
-    print(f"videos    {folder}")
+def save_video(agent: DOM2, args: Args, env_id: str, folder: Path) -> None:
+    generator, seed = torch.Generator(agent.device).manual_seed(args.seed), evaluation_seed(args.seed)
+    record_video(lambda obs: agent.act(obs, generator), env_id, folder, seed, args.observation, args.prey, args.shift)
 
 
 def estimate_seconds(learner: Learner, envs: gym.vector.VectorEnv, horizon: int) -> float:
@@ -1241,11 +1196,6 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-def mix_seed(*parts: int) -> int:
-    """One well-mixed seed from several numbers, below 2^31 so that environments can count up from it."""
-    return int(np.random.SeedSequence(parts).generate_state(1)[0] // 2)
-
-
 def evaluation_seed(seed: int) -> int:
     """Of the start states and the noise of every evaluation in a run with this seed."""
     return mix_seed(seed, 1)
@@ -1269,7 +1219,7 @@ def validate(args: Args) -> None:
     if not args.evaluate:  # which needs no data
         try:
             env_id = find_env_id(args.dataset, args.env_id)
-        except DataError as error:
+        except BadInput as error:
             raise BadInput(
                 f"--dataset {error}" + "; if the run's data have moved, --dataset says where they are now" * bool(args.resume)
             ) from error
@@ -1288,17 +1238,11 @@ def validate(args: Args) -> None:
 
 def check_task(args: Args, env_id: str) -> None:
     """Raises `BadInput` for an observation setting or a prey that the task does not have."""
-    find_task(env_id)
     try:
-        check_observation(env_id, args.observation)
-    except ValueError as error:
-        raise BadInput(f"--observation {error}") from error
-    if args.prey:
-        try:
-            find_prey(env_id, args.prey)
-        except ValueError as error:
-            moved = "; if it has moved, --prey says where it is now" if args.resume or args.evaluate else ""
-            raise BadInput(f"--prey {error}{moved}") from error
+        check_options(env_id, args.observation, args.prey, "")
+    except BadInput as error:
+        moved = args.prey and (args.resume or args.evaluate)
+        raise BadInput(f"{error}" + "; if it has moved, --prey says where it is now" * bool(moved)) from error
 
 
 def read_flags(kind, argv: list[str], default=None, prog: str = ""):
@@ -1366,10 +1310,7 @@ def parse(argv: list[str]) -> tuple[Args, dict | None]:
     validate(args)
     if saved and args.evaluate:
         check_task(args, saved["env_id"])
-        try:
-            check_shift(saved["env_id"], args.shift)
-        except ValueError as error:
-            raise BadInput(f"--shift {error}") from error
+        check_options(saved["env_id"], args.observation, args.prey, args.shift)
     if saved and checksum(args.prey) != saved["prey"]:
         if args.resume:
             raise BadInput(
@@ -1394,7 +1335,7 @@ def evaluate_run(args: Args, saved: dict) -> None:
     against = (f", prey of {args.prey}" if args.prey else "") + (f", shifted: {args.shift}" if args.shift else "")
     print(f"{env_id}{against}, {policy}, update {saved['step']:,}: {summary(env_id, returns)}")
     if args.capture_video:
-        record_video(agent, args, env_id, Path(args.evaluate) / "videos")
+        save_video(agent, args, env_id, Path(args.evaluate) / "videos")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1410,7 +1351,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             train(args, saved)
         return 0
-    except (BadInput, UnknownTask, DataError) as error:
+    except BadInput as error:
         print(f"dom2.py: error: {error}", file=sys.stderr)
         return 2
     except (FailedRun, FloatingPointError, OSError, MemoryError, torch.OutOfMemoryError) as error:

@@ -1,17 +1,17 @@
 """The particle tasks of OMAR (arXiv 2111.11188), in which the offline data of the field were made.
 
-They are MPE's tasks as they were before PettingZoo 1.23, with rewards of OMAR's own. Entities, start states and most observations
-are mpe2's classes; this file holds what differs:
+They are MPE's tasks as they were before PettingZoo 1.23, with rewards of OMAR's own. Entities, start states and most
+observations are mpe2's classes; this file holds what differs:
 
     physics  velocity is updated before position, and an action is multiplied by the agent's acceleration twice
-    spread   reward of agent i: sum over landmarks of min(1 / distance of the closest agent, 10), minus 5 per agent it touches
-    tag      reward of every predator: -0.1 sum over predators of the distance to the prey, plus 10 per predator that touches it
+    spread   an agent's reward: sum over landmarks of min(1 / distance of the closest agent, 10), -5 per agent touched
+    tag      a predator's reward: -0.1 sum over predators of the distance to the prey, +10 per predator touching it
     world    the same with 5; one obstacle, two foods and two forests, which hide nobody
-    prey     part of tag and world: a script (`ScriptedPrey`), or a network from a file (`load_prey`)
+    prey     part of tag and world: a script (`ScriptedPrey`), or a network from a file (`FilePrey`)
 
-Episodes have 25 steps and end by truncation. Positions, velocities and forces are arrays [2] in one copy of a world and [2, E] in E
-copies side by side: the same code serves both, so that `ParticleEnv` (with pictures, one copy) and `ParticleVec` (fast, many copies)
-cannot differ.
+Episodes have 25 steps and end by truncation. Positions, velocities and forces are arrays [2] in one copy of a world and
+[2, E] in E copies side by side: the same code serves both, so that `ParticleEnv` (with pictures, one copy) and
+`ParticleVec` (fast, many copies) cannot differ.
 """
 
 from collections.abc import Callable
@@ -25,6 +25,8 @@ from mpe2._mpe_utils.simple_env import SimpleEnv
 from mpe2.simple_spread import simple_spread
 from mpe2.simple_tag import simple_tag
 from mpe2.simple_world_comm import simple_world_comm
+
+from common import BadInput
 
 HORIZON = 25
 Prey = Callable[[np.ndarray], np.ndarray]  # its observations [..., O] -> forces [..., 2] in [-1, 1]
@@ -63,8 +65,8 @@ class LegacyWorld(World):
 
     def integrate_state(self, p_force):
         for agent, force in zip(self.agents, p_force):  # landmarks stay where they are
-            agent.state.p_vel = self.next_velocity(agent, force)
-            agent.state.p_pos = agent.state.p_pos + agent.state.p_vel * self.dt  # with the new velocity: mpe2 uses the old one
+            agent.state.p_vel = self.next_velocity(agent, force)  # before the position: mpe2 moves with the old one
+            agent.state.p_pos = agent.state.p_pos + agent.state.p_vel * self.dt
 
     def update_agent_state(self, agent):
         pass  # nobody speaks: what agents hear stays the zeros of the reset
@@ -87,8 +89,9 @@ def touching(a: Entity, b: Entity) -> np.ndarray:
 
 
 class Paced:
-    """What the shift "speed" does: everybody, the prey too, has a pace of its own in each episode, a factor on acceleration and greatest
-    speed, drawn evenly from [`SLOWEST`, 1] after all else, so that the starts stay those of the usual environment."""
+    """What the shift "speed" does: everybody, the prey too, has a pace of its own in each episode, a factor on
+    acceleration and greatest speed, drawn evenly from [`SLOWEST`, 1] after all else, so that the starts stay those of
+    the usual environment."""
 
     shifted = False
 
@@ -115,15 +118,13 @@ class Spread(Paced, simple_spread.Scenario):
 
 
 class Choice(simple_spread.Scenario):
-    """spread with six landmarks, of which three agents can cover any three. Not one of OMAR's, but by their rules. Observation [24]: as
-    in spread, but each agent sees the landmarks in the order of their distance to it, the nearest first.
+    """spread with six landmarks, of which three agents can cover any three. Not one of OMAR's, but by their rules.
+    Observation [24]: as in spread, but with the landmarks nearest first, lest a policy learn their usual directions.
 
-    The landmarks stand on a ring of radius 0.6, 60 degrees apart, turned by up to 30 degrees either way; agents start in the middle, so
-    that they have several good ways to go. They are small, lest contacts choose the way, and slow, 0.4 at most, so that it takes half of an
-    episode. In a fixed order a policy need not look: it learns the six directions in which landmarks are on average, and misses.
-
-    The shift "fewer" takes three of them away in each episode. For each of these agents see one of those left once more: what is observed
-    keeps its size and its range.
+    The landmarks stand on a ring of radius 0.6, 60 degrees apart, turned by up to 30 degrees either way; agents start
+    in the middle, so that they have several good ways to go. They are small, lest contacts choose the way, and slow,
+    so that it takes half of an episode. The shift "fewer" takes three landmarks away in each episode; for each of them
+    agents see one of those left once more.
     """
 
     shifted = False
@@ -158,7 +159,7 @@ class Choice(simple_spread.Scenario):
         return seen
 
     def mismatch(self, seen, expected):
-        """How far observations [24, E] are from what they should be: which of two equally near landmarks comes first, rounding decides."""
+        """How far observations [24, E] are off; which of two equally near landmarks comes first, rounding decides."""
         off = np.abs(seen - expected)
         listed, known = (x[4:16].reshape(6, 2, -1) for x in (seen, expected))
         apart = np.abs(listed[:, None] - known).max(2)  # [6, 6, E]
@@ -183,13 +184,14 @@ class Pursuit:
         touches = sum(touching(predator, prey) for predator in predators)
         if agent is prey:
             x = np.abs(prey.state.p_pos)
-            outside = np.where(x < 0.9, 0.0, np.where(x < 1.0, (x - 0.9) * 10, np.exp(np.minimum(2 * x - 2, np.log(10)))))
+            beyond = np.exp(np.minimum(2 * x - 2, np.log(10)))
+            outside = np.where(x < 0.9, 0.0, np.where(x < 1.0, (x - 0.9) * 10, beyond))
             return 0.1 * far - self.contact * touches - self.edge * outside.sum(0)
         return self.contact * touches - 0.1 * far
 
 
 class Tag(Paced, Pursuit, simple_tag.Scenario):
-    """Among two obstacles. Observation [16]: velocity, position, obstacles, others, velocity of the prey; the prey's [14]."""
+    """Among two obstacles. Observation [16]: velocity, position, obstacles, others, the prey's velocity; its: [14]."""
 
     SLOWEST = 0.4
     contact, edge = 10.0, 1.0
@@ -199,14 +201,15 @@ class Tag(Paced, Pursuit, simple_tag.Scenario):
 
 
 class Wood(Paced, Pursuit, simple_world_comm.Scenario):
-    """simple_world: an obstacle, two foods, two forests. Observation [24]: velocity, position, landmarks, others, velocity of the
-    prey, then 1 or -1 for inside or outside each forest; the prey's [22]."""
+    """simple_world: an obstacle, two foods, two forests. Observation [24]: velocity, position, landmarks, others,
+    velocity of the prey, then 1 or -1 for inside or outside each forest; the prey's [22]."""
 
     SLOWEST = 0.5
     contact, edge = 5.0, 2.0
 
     def make_world(self):
-        world = legacy(super().make_world(num_good_agents=1, num_adversaries=3, num_landmarks=1, num_food=2, num_forests=2))
+        count = dict(num_good_agents=1, num_adversaries=3, num_landmarks=1, num_food=2, num_forests=2)
+        world = legacy(super().make_world(**count))
         for i, agent in enumerate(world.agents[:3]):
             agent.name, agent.leader, agent.silent = f"adversary_{i}", False, True
         return world
@@ -227,7 +230,6 @@ class Wood(Paced, Pursuit, simple_world_comm.Scenario):
 
 
 SCENARIOS = {"simple_spread": Spread, "simple_tag": Tag, "simple_world": Wood, "simple_spread_6": Choice}
-SHIFTS = {"simple_spread": "speed", "simple_tag": "speed", "simple_world": "speed", "simple_spread_6": "fewer"}
 PREY_SIZES = {"simple_tag": 14, "simple_world": 22}  # of its observation
 
 
@@ -241,27 +243,27 @@ class ParticleEnv(SimpleEnv):
 
 
 class ParticleVec(gym.vector.VectorEnv):
-    """E copies of a scenario in one world of arrays; otherwise what gymnasium's SyncVectorEnv of E `TeamEnv`s is: number for
-    number, but for the rounding of a prey network from a file.
+    """E copies of a scenario in one world of arrays; otherwise what gymnasium's SyncVectorEnv of E `TeamEnv`s is:
+    number for number, but for the rounding of a prey network from a file.
 
     Args:
         scenario: a name in `SCENARIOS`.
         num_envs: E.
         prey: a file with the prey's network; "" for the project's own.
-        shift: the scenario's entry in `SHIFTS`, or "" for the usual environment.
+        shift: "" for the usual environment; anything else for the scenario's shifted one, see `Paced` and `Choice`.
 
-    `info` also has what the prey saw, did and got in this step: "prey_obs" (before it), "prey_action", "prey_next_obs" and
-    "prey_reward", if there is a prey.
+    `info` also has what the prey saw, did and got in this step, if there is one: "prey_obs" (before it), "prey_action",
+    "prey_next_obs" and "prey_reward".
     """
 
     metadata = {"autoreset_mode": gym.vector.AutoresetMode.DISABLED}
 
     def __init__(self, scenario: str, num_envs: int, prey: str = "", shift: str = ""):
-        self.rules, self.num_envs, self.policy = SCENARIOS[scenario](), num_envs, make_prey(scenario, prey).get("agent_0")
-        self.world, self.start = self.rules.make_world(), self.rules.make_world()  # of all copies, and one to draw starts in
+        self.rules, self.num_envs = SCENARIOS[scenario](), num_envs
+        self.rules.shifted, self.policy = bool(shift), make_prey(scenario, prey).get("agent_0")
+        self.world, self.start = self.rules.make_world(), self.rules.make_world()  # of all, and one to draw starts in
         for entity in self.world.entities:
             entity.state.p_pos, entity.state.p_vel = np.zeros((2, num_envs)), np.zeros((2, num_envs))
-        self.rules.shifted = bool(shift)
         for agent in self.world.agents:
             agent.state.c = np.zeros((self.world.dim_c, num_envs))
         self.team, self.prey = self.world.agents[:3], self.world.agents[3:]
@@ -274,8 +276,8 @@ class ParticleVec(gym.vector.VectorEnv):
         self.action_space = gym.vector.utils.batch_space(self.single_action_space, num_envs)
 
     def reset(self, *, seed=None, options=None):
-        """Starts the copies marked in `options["reset_mask"]`, or all. `seed`: one for each copy, or that of the first."""
-        mask = np.ones(self.num_envs, bool) if not options or "reset_mask" not in options else options["reset_mask"]
+        """Starts the copies marked in `options["reset_mask"]`, or all. `seed`: one for each copy, or the first's."""
+        mask = (options or {}).get("reset_mask", np.ones(self.num_envs, bool))
         if seed is None or np.ndim(seed) == 0:
             seed = [None if seed is None else int(seed) + i for i in range(self.num_envs)]
         for i in np.flatnonzero(mask):
@@ -288,8 +290,7 @@ class ParticleVec(gym.vector.VectorEnv):
                     if hasattr(drawn, name):
                         vars(entity).setdefault(name, np.ones(self.num_envs))[i] = getattr(drawn, name)
         self.steps[mask] = 0
-        obs = self._observe(self.team)
-        return obs, {"state": obs.reshape(self.num_envs, -1).copy(), "agent_rewards": np.zeros(obs.shape[:2], np.float32)}
+        return self._observed(np.zeros((self.num_envs, len(self.team)), np.float32))
 
     def step(self, actions):
         actions, about = np.clip(actions, -1.0, 1.0).astype(np.float32), {}  # [E, N, 2]
@@ -301,15 +302,21 @@ class ParticleVec(gym.vector.VectorEnv):
             self.world.set_action(agent, action)
         self.world.step()
         self.steps += 1
-        obs, rewards = self._observe(self.team), self._rewards(self.team)
+        rewards = self._rewards(self.team)
+        obs, info = self._observed(rewards)
         if self.prey:
             about |= {"prey_next_obs": self._observe(self.prey)[:, 0], "prey_reward": self._rewards(self.prey)[:, 0]}
-        about |= {"state": obs.reshape(self.num_envs, -1).copy(), "agent_rewards": rewards}
-        return obs, rewards.mean(1).astype(np.float64), np.zeros(self.num_envs, bool), self.steps >= HORIZON, about
+        team, falls = rewards.mean(1).astype(np.float64), np.zeros(self.num_envs, bool)
+        return obs, team, falls, self.steps >= HORIZON, info | about
+
+    def _observed(self, rewards: np.ndarray) -> tuple[np.ndarray, dict]:
+        obs = self._observe(self.team)
+        return obs, {"state": obs.reshape(self.num_envs, -1).copy(), "agent_rewards": rewards}
 
     def _observe(self, agents) -> np.ndarray:
         """[E, agents, O]"""
-        return np.stack([self.rules.observation(agent, self.world) for agent in agents], dtype=np.float32).transpose(2, 0, 1).copy()
+        obs = [self.rules.observation(agent, self.world) for agent in agents]
+        return np.stack(obs, dtype=np.float32).transpose(2, 0, 1).copy()
 
     def _rewards(self, agents) -> np.ndarray:
         """[E, agents]"""
@@ -320,11 +327,11 @@ class ParticleVec(gym.vector.VectorEnv):
 
 
 class ScriptedPrey:
-    """The project's own prey: it stands still until something comes near, then walks where the sum of all pushes points.
+    """The project's own prey: it stands still until something comes near, then goes where the sum of all pushes points.
 
-    Predators and obstacles within `SIGHT` push it away with 1 / distance^2, and so does, linearly, the border of the square [-1, 1]^2
-    from `EDGE` on. `PACE` is the size of its force, which takes it to 0.9 of the predators' greatest speed: one predator that runs straight
-    after it catches up slowly, three that close in from different sides do better. Deterministic, no memory.
+    Predators and obstacles within `SIGHT` push it away with 1 / distance^2, and so does, linearly, the border of the
+    square [-1, 1]^2 from `EDGE` on. `PACE` is the size of its force, which takes it to 0.9 of the predators' greatest
+    speed. Deterministic, no memory.
 
     Args:
         landmarks: how many landmarks its observation holds; of these the first `solid` are obstacles.
@@ -341,7 +348,7 @@ class ScriptedPrey:
         places = places.reshape(*obs.shape[:-1], -1, 2)  # [..., landmarks + 3, xy], relative
         dangers = np.concatenate([places[..., : self.solid, :], places[..., self.landmarks :, :]], -2)
         square = (dangers**2).sum(-1, keepdims=True)
-        away = np.where(square < self.SIGHT**2, -dangers / np.maximum(square, 1e-4) ** 1.5, 0.0)  # 1 / distance^2, pointing away
+        away = np.where(square < self.SIGHT**2, -dangers / np.maximum(square, 1e-4) ** 1.5, 0.0)  # 1 / distance^2
         outside = np.sign(position) * np.maximum(np.abs(position) - self.EDGE, 0.0)
         push = away.sum(-2) - self.BORDER * outside
         return self.PACE * push / np.maximum(np.sqrt((push**2).sum(-1, keepdims=True)), 1e-6)
@@ -352,51 +359,34 @@ def make_prey(scenario: str, path: str = "") -> dict[str, Prey]:
     if scenario not in PREY_SIZES:
         return {}
     own = ScriptedPrey(landmarks=2, solid=2) if scenario == "simple_tag" else ScriptedPrey(landmarks=5, solid=1)
-    return {"agent_0": load_prey(path, PREY_SIZES[scenario]) if path else own}
+    return {"agent_0": FilePrey(path, PREY_SIZES[scenario]) if path else own}
 
 
 class FilePrey:
     """A prey network as OMAR publishes it: normalisation by fixed statistics, two hidden layers of 64 (ReLU), tanh.
 
-    Computed in numpy and single precision; the observation has the layout of `Tag` or `Wood`.
+    Computed in numpy and single precision. `path`: a `pretrained_adv_model.pt`, in which nothing is executed; it must
+    take the `obs_size` numbers that the prey of `Tag` or `Wood` sees.
     """
 
-    def __init__(self, weights: dict[str, np.ndarray]):
-        self.w = weights
+    def __init__(self, path: str, obs_size: int):
+        if not Path(path).is_file():
+            raise BadInput(f"--prey {path}: there is no such file")
+        try:
+            policy = torch.load(path, map_location="cpu", weights_only=True)["agent_params"][3]["policy"]
+            self.w = {name: value.numpy().astype(np.float32) for name, value in policy.items()}
+            with np.errstate(all="ignore"):
+                action = self(np.ones(obs_size, np.float32))
+        except Exception as error:  # anything, in a file that is damaged or another task's
+            layers = f"agent_params[3]['policy'] with in_fn, fc1, fc2 and fc3 that takes {obs_size} numbers"
+            raise BadInput(f"--prey {path}: no plain weights of {layers}; code in a file is never run") from error
+        if action.shape != (2,) or not np.isfinite(action).all():
+            raise BadInput(f"--prey {path}: its actions are not two finite numbers")
 
     def __call__(self, obs: np.ndarray) -> np.ndarray:
         w = self.w
-        x = (obs - w["in_fn.running_mean"]) / np.sqrt(w["in_fn.running_var"] + 1e-5) * w["in_fn.weight"] + w["in_fn.bias"]
+        x = (obs - w["in_fn.running_mean"]) / np.sqrt(w["in_fn.running_var"] + 1e-5)
+        x = x * w["in_fn.weight"] + w["in_fn.bias"]
         for layer in ("fc1", "fc2"):
             x = np.maximum(x @ w[f"{layer}.weight"].T + w[f"{layer}.bias"], 0.0)
         return np.clip(np.tanh(x @ w["fc3.weight"].T + w["fc3.bias"]), -1.0, 1.0)
-
-
-def load_prey(path: str, obs_size: int) -> FilePrey:
-    """Reads a `pretrained_adv_model.pt`. Nothing in it is executed. Raises `ValueError` that says what is wrong with the file."""
-    shapes = {name: (obs_size,) for name in ("in_fn.running_mean", "in_fn.running_var", "in_fn.weight", "in_fn.bias")}
-    for layer, (n_in, n_out) in {"fc1": (obs_size, 64), "fc2": (64, 64), "fc3": (64, 2)}.items():
-        shapes |= {f"{layer}.weight": (n_out, n_in), f"{layer}.bias": (n_out,)}
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: {'a folder, not a file' if Path(path).is_dir() else 'there is no such file'}")
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(
-            f"{path}: not a file of plain PyTorch weights, cut short, or with code in it, which is never run"
-        ) from error
-    try:
-        policy = saved["agent_params"][3]["policy"]
-        weights = {name: policy[name].numpy().astype(np.float32) for name in shapes}
-    except Exception as error:
-        raise ValueError(
-            f"{path}: holds no prey: there is no agent_params[3]['policy'] with in_fn, fc1, fc2 and fc3 in it"
-        ) from error
-    for name, shape in shapes.items():
-        if weights[name].shape != shape:
-            raise ValueError(f"{path}: {name} has shape {list(weights[name].shape)}, this task needs {list(shape)}")
-        if not np.isfinite(weights[name]).all():
-            raise ValueError(f"{path}: {name} has a value that is not finite")
-    if weights["in_fn.running_var"].min() < 0:
-        raise ValueError(f"{path}: in_fn.running_var has a negative value")
-    return FilePrey(weights)

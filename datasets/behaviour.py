@@ -2,86 +2,79 @@
 
     python datasets/behaviour.py RUN_DIR --level expert      # keeps the policy of a finished run, and measures it
 
-A policy is two files: `<task>-<level>.pt` holds the network, `<task>-<level>.json` says which command trained it, with which
-versions, and what it scores. `bash datasets/policies.sh` makes all that are committed.
+A policy is two files: `<task>-<level>.pt` holds the network, `<task>-<level>.json` says which command trained it, with
+which versions, and what it scores. `bash datasets/policies.sh` makes all that are committed.
 """
 
+import csv
 import dataclasses
 import json
 import shlex
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import gymnasium as gym
 import numpy as np
 import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import omad
-from common.datasets import sha256
-from common.envs import find_task, make_env, make_vec
-from omad import make_policy
+from common.envs import Act, BadInput, find_task, make_env, make_vec, mix_seed, sha256
 
 POLICIES = Path(__file__).parent / "policies"
 FORMAT = "omad-policy-1"
-Act = Callable[[np.ndarray], np.ndarray]  # observations [E, N, O] -> actions [E, N, A]
 
 
-class BehaviourError(ValueError):
-    """A behaviour policy that is not there or cannot be read: what is wrong and what to do."""
+@torch.no_grad()
+def play(act: Act, envs: gym.vector.VectorEnv, seed: int | list[int]) -> np.ndarray:
+    """Team return of one episode in each of `envs`, which all have the same length."""
+    obs, _ = envs.reset(seed=seed)
+    truncated = np.zeros(1, bool)
+    while not truncated.all():
+        obs, _, _, truncated, info = envs.step(act(obs))
+    return info["episode"]["r"]
 
 
-@dataclass(frozen=True)
-class Behaviour:
-    """A trained policy and how it came about (the contents of its .json file)."""
-
-    policy: torch.nn.Module
-    about: dict
-
-    def act(self, generator: torch.Generator) -> Act:
-        """Sampled actions whose noise comes from `generator`."""
-
-        @torch.no_grad()
-        def act(obs: np.ndarray) -> np.ndarray:
-            return self.policy(torch.from_numpy(obs), self.policy.noise(len(obs), generator))[0].numpy()
-
-        return act
+def sampled(policy: torch.nn.Module) -> Act:
+    """Its actions, with noise of torch's own generator."""
+    return lambda obs: policy(torch.from_numpy(obs), policy.noise(len(obs)))[0].numpy()
 
 
-def load_behaviour(env_id: str, level: str, folder: Path = POLICIES) -> Behaviour:
-    """The policy of that task and level. Nothing in its files is executed. Raises `BehaviourError`."""
+def load_behaviour(env_id: str, level: str, folder: Path = POLICIES) -> tuple[torch.nn.Module, dict]:
+    """The policy of that task and level, and what its .json says, with "args" as `omad.Args`, and its "sha256"."""
     path = folder / f"{env_id}-{level}.pt"
+    if not path.exists():
+        raise BadInput(f"{path}: no such behaviour policy; datasets/policies.sh has the commands that make them")
     try:
         about = json.loads(path.with_suffix(".json").read_bytes())
-        if about["format"] != FORMAT or about["args"]["env_id"] != env_id:
-            raise ValueError(f"of format {about['format']} and task {about['args']['env_id']}, not {FORMAT} and {env_id}")
-        args = omad.Args(**about["args"])
-        policy = make_policy(make_env(env_id), args)
+        if about["format"] != FORMAT:
+            raise ValueError(f"of format {about['format']}, not {FORMAT}")
+        env, args = make_env(env_id), read_args(about["args"])
+        policy = omad.make_policy(env.obs_sizes, env.action_sizes, args)
         policy.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-        about["sha256"] = sha256(path)
-        for key in ("command", "seed", "steps", "return", "git_revision"):
-            about[key]
-    except FileNotFoundError as error:
-        raise BehaviourError(
-            f"{error.filename}: no such behaviour policy; datasets/policies.sh has the commands that make them"
-        ) from error
-    except Exception as error:
+    except Exception as error:  # anything, in a file that is damaged
         reason = " ".join(str(error).split())[:200]
-        raise BehaviourError(f"{path}: no behaviour policy of this version ({type(error).__name__}: {reason})") from error
-    return Behaviour(policy, about)
+        raise BadInput(f"{path}: no behaviour policy of this version ({type(error).__name__}: {reason})") from error
+    return policy, about | {"args": args, "sha256": sha256(path)}
+
+
+def read_args(values: dict) -> omad.Args:
+    """Arguments that a file keeps; files of earlier versions can have more of them."""
+    known = {field.name for field in dataclasses.fields(omad.Args)}
+    return omad.Args(**{name: value for name, value in values.items() if name in known})
 
 
 def command(args: omad.Args) -> str:
-    """The command line that gives these arguments: what differs from the task's defaults, without what does not change the result."""
+    """The command line that gives these arguments: what differs from the task's defaults and changes the result."""
     words = ["python", "omad.py", "--env-id", args.env_id]
     default = dataclasses.asdict(omad.preset(args.env_id))
     for name, value in dataclasses.asdict(args).items():
-        if name in ("seed", "total_timesteps") or value != default[name] and name not in ("run_dir", "resume", "evaluate"):
+        if name in ("seed", "total_timesteps") or value != default[name] and name not in ("run_dir", "resume"):
             flag = "--" + name.replace("_", "-")
-            words += [flag if value else flag.replace("--", "--no-", 1)] if isinstance(value, bool) else [flag, str(value)]
+            words += [flag if value else f"--no-{flag[2:]}"] if isinstance(value, bool) else [flag, str(value)]
     return shlex.join(words)
 
 
@@ -89,7 +82,7 @@ def command(args: omad.Args) -> str:
 class Options:
     """Keeps the policy of a finished run as a behaviour policy."""
 
-    run_dir: tyro.conf.Positional[str]
+    run_dir: tyro.conf.Positional[Path]
     """directory of a run of omad.py"""
     level: Literal["medium", "expert"] = "expert"
     """what it will be called"""
@@ -101,40 +94,30 @@ class Options:
 
 def main() -> int:
     torch.set_num_threads(1)
-    try:
-        options = omad.read_flags(Options, sys.argv[1:], prog="behaviour.py")
-        if options.episodes < 1:
-            raise omad.BadInput(f"--episodes {options.episodes} must be at least 1")
-        args, saved = omad.load(options.run_dir)
-        if saved is None:
-            raise omad.BadInput(f"{options.run_dir}: no checkpoint.pt there yet")
-        whole = args.num_envs * find_task(args.env_id).horizon
-        if options.level == "medium" and (args.eval_every % whole or saved["step"] % whole):
-            raise omad.BadInput(
-                f"{options.run_dir}: cannot be recorded as medium-replay: evaluations must come every multiple of {whole}"
-            )
-    except omad.BadInput as error:
-        print(f"behaviour.py: error: {error}", file=sys.stderr)
+    options = tyro.cli(Options)
+    if not (options.run_dir / "policy.pt").exists():
+        print(f"behaviour.py: error: {options.run_dir}: no policy.pt there", file=sys.stderr)
         return 2
-    agent = omad.OMAD(make_env(args.env_id, args.observation, prey=args.prey), args, torch.device("cpu"))
-    agent.load_state_dict(saved["agent"])
+    policy, saved = omad.load_policy(options.run_dir / "policy.pt")
+    args = dataclasses.replace(read_args(saved["args"]), total_timesteps=saved["step"], run_dir="runs")
     copies = min(options.episodes, 1000 if find_task(args.env_id).horizon <= 100 else 50)
     envs = make_vec(args.env_id, copies, args.observation, prey=args.prey)
     rounds = -(-options.episodes // copies)
-    returns = np.concatenate([omad.evaluate(agent, envs, omad.mix_seed(2000, i)) for i in range(rounds)])
-    config = json.loads((Path(options.run_dir) / "config.json").read_bytes())
-    done = dataclasses.replace(args, total_timesteps=saved["step"], run_dir="runs")
+    torch.manual_seed(2000)
+    returns = np.concatenate([play(sampled(policy), envs, mix_seed(2000, i)) for i in range(rounds)])
+    config = json.loads((options.run_dir / "config.json").read_bytes())
+    seconds = [float(row["wall_time_s"]) for row in csv.DictReader((options.run_dir / "eval.csv").open())]
     about = {
-        "format": FORMAT, "task": args.env_id, "level": options.level, "command": command(done), "seed": args.seed,
-        "steps": saved["step"], "minutes": round(saved["seconds"] / 60, 1),
+        "format": FORMAT, "task": args.env_id, "level": options.level, "command": command(args), "seed": args.seed,
+        "steps": saved["step"], "minutes": round(seconds[-1] / 60, 1),
         "return": {"mean": round(returns.mean(), 2), "std": round(returns.std(), 2), "episodes": len(returns)},
         "git_revision": config["git_revision"], "python": config["python"], "packages": config["packages"],
-        "args": dataclasses.asdict(done),
+        "args": dataclasses.asdict(args),
     }  # fmt: skip
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"{args.env_id}-{options.level}.pt"
-    omad.write(path, lambda file: torch.save(agent.policy.state_dict(), file))
-    omad.write(path.with_suffix(".json"), lambda file: file.write(json.dumps(about, indent=1).encode()))
+    torch.save(policy.state_dict(), path)
+    path.with_suffix(".json").write_text(json.dumps(about, indent=1))
     print(f"{path}: return {returns.mean():.1f} ± {returns.std():.1f} over {len(returns)} episodes")
     return 0
 

@@ -19,16 +19,19 @@ import numpy as np
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from common.datasets import FOLDERS, SCORES, SPLITS
+from common.datasets import FOLDERS, SPLITS, normalize
 
 HERE = Path(__file__).parent
-OMAR = {  # return mean, std, transitions of OMAR's data (arXiv 2111.11188); of random-medium and medium-expert nothing is published
-    "omar_simple_spread": {"random": (160, 60, 10**6), "medium-replay": (204, 80, 97_500), "medium": (273, 92, 10**6), "expert": (531, 71, 10**6)},
-    "omar_simple_tag": {"random": (-4.1, 10.8, 10**6), "medium-replay": (3.9, 20.3, 62_500), "medium": (116, 59, 10**6), "expert": (208, 78, 10**6)},
-    "omar_simple_world": {"random": (-6.8, 5.7, 10**6), "medium-replay": (1.2, 13.5, 80_000), "medium": (65.9, 29.6, 10**6), "expert": (85.2, 31.1, 10**6)},
-    "omar_halfcheetah_2x3": {"random": (-283, 78, 10**6), "medium-replay": (423, 656, 460_000), "medium": (1569, 273, 10**6), "expert": (3339, 253, 10**6)},
-}  # fmt: skip
-TABLES = {name: (f"<!-- {name} of datasets/report.py -->", f"<!-- end of the {name} -->") for name in ("data sets", "policies")}
+M = 10**6
+OMAR = {  # its data (arXiv 2111.11188): return mean, std, transitions of random, medium-replay, medium, expert
+    "omar_simple_spread": [(160, 60, M), (204, 80, 97_500), (273, 92, M), (531, 71, M)],
+    "omar_simple_tag": [(-4.1, 10.8, M), (3.9, 20.3, 62_500), (116, 59, M), (208, 78, M)],
+    "omar_simple_world": [(-6.8, 5.7, M), (1.2, 13.5, 80_000), (65.9, 29.6, M), (85.2, 31.1, M)],
+    "omar_halfcheetah_2x3": [(-283, 78, M), (423, 656, 460_000), (1569, 273, M), (3339, 253, M)],
+}
+OMAR = {env_id: dict(zip(("random", "medium-replay", "medium", "expert"), rows)) for env_id, rows in OMAR.items()}
+MARKS = "<!-- {} of datasets/report.py -->", "<!-- end of the {} -->"
+TABLES = {name: [mark.format(name) for mark in MARKS] for name in ("data sets", "policies")}
 
 
 @dataclass(frozen=True)
@@ -46,16 +49,16 @@ def numbers(*values: float, between: str) -> str:
 
 def table(cards: dict[str, dict]) -> str:
     lines = [
-        "| data set | transitions | return: mean ± std | smallest … largest | normalised | OMAR's: mean ± std | OMAR's transitions |",
+        "| data set | transitions | return: mean ± std | smallest … largest | normalised | OMAR's: mean ± std "
+        "| OMAR's transitions |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, card in cards.items():
         env_id, split = card["task"], card["split"]
-        low, high = SCORES[env_id]
         result, theirs = card["return"], OMAR[env_id].get(split)
         cells = [
             f"`{name}`", f"{card['transitions']:,}", numbers(result["mean"], result["std"], between=" ± "),
-            numbers(result["min"], result["max"], between=" … "), f"{100 * (result['mean'] - low) / (high - low):.0f}",
+            numbers(result["min"], result["max"], between=" … "), f"{normalize(env_id, result['mean']):.0f}",
             numbers(*theirs[:2], between=" ± ") if theirs else "–", f"{theirs[2]:,}" if theirs else "–",
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
@@ -71,18 +74,20 @@ def policy_table(cards: list[dict]) -> str:
     for card in cards:
         result, theirs = card["return"], OMAR[card["task"]][card["level"]]
         cells = [
-            f"`{card['task']}-{card['level']}`", numbers(result["mean"], result["std"], between=" ± "), f"{result['episodes']:,}",
-            numbers(*theirs[:2], between=" ± "), f"{card['steps']:,}", f"{card['minutes']:g}", f"`{card['command']}`",
+            f"`{card['task']}-{card['level']}`", numbers(result["mean"], result["std"], between=" ± "),
+            f"{result['episodes']:,}", numbers(*theirs[:2], between=" ± "), f"{card['steps']:,}",
+            f"{card['minutes']:g}", f"`{card['command']}`",
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def draw(cards: dict[str, dict], path: Path) -> None:
-    """A row for each task, a small histogram of episode returns for each split, with the mean of OMAR's data as a line."""
+    """A row for each task, a histogram of episode returns for each split, with the mean of OMAR's data as a line."""
     tasks = [env_id for env_id in FOLDERS if any(card["task"] == env_id for card in cards.values())]
+    size = (2.2 * len(SPLITS), 1.9 * len(tasks))
     figure, axes = plt.subplots(
-        len(tasks), len(SPLITS), figsize=(2.2 * len(SPLITS), 1.9 * len(tasks)), sharex="row", layout="constrained", squeeze=False
+        len(tasks), len(SPLITS), figsize=size, sharex="row", layout="constrained", squeeze=False
     )
     for row, env_id in zip(axes, tasks):
         for axis, split in zip(row, SPLITS):
@@ -111,14 +116,9 @@ def main() -> None:
         folder.mkdir(exist_ok=True)
         for path in sorted(options.data.glob("*/*/seed_0_data/card.json")):
             card = json.loads(path.read_bytes())
-            name = f"{card['task']}-{card['split']}"
-            whole = card["split"] == "medium-replay" or card["transitions"] == 10**6
-            if card["split"] in SPLITS and whole and card["prey"] in (None, "the project's own"):
-                shutil.copy(path, folder / f"{name}.json")
-            else:
-                print(f"left out: {name}, {card['transitions']:,} transitions, prey {card['prey']}")
-    names = [f"{env_id}-{split}" for env_id in FOLDERS for split in SPLITS]
-    cards = {name: json.loads((folder / f"{name}.json").read_bytes()) for name in names if (folder / f"{name}.json").exists()}
+            shutil.copy(path, folder / f"{card['task']}-{card['split']}.json")
+    paths = [folder / f"{env_id}-{split}.json" for env_id in FOLDERS for split in SPLITS]
+    cards = {path.stem: json.loads(path.read_bytes()) for path in paths if path.exists()}
     if not cards:
         print(f"no cards in {folder}")
         return

@@ -29,7 +29,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import dom2
 from common.datasets import SCORES, SPLITS, normalize
-from common.envs import SHIFTS, check_shift, make_env, make_vec
+from common.envs import make_env, make_vec, offers_shift
 
 RESULT = ROOT / "runs" / "results" / "offline"
 METHODS = {"dom2": "", "cloning": "--q-weight 0", "deterministic": "--policy deterministic"}
@@ -164,11 +164,7 @@ def fresh(run: Path) -> list[dict]:
     """Returns of a run's last policy over fresh episodes, in the usual environment and in its shifts."""
     agent, env_id = trained(run)
     count, rows = 50 if "cheetah" in env_id else 1000, []
-    for shift in ("", *SHIFTS):
-        try:
-            check_shift(env_id, shift)
-        except ValueError:
-            continue
+    for shift in ("", *offers_shift(env_id)):
         returns = dom2.evaluate(agent, make_vec(env_id, count, shift=shift), FRESH)
         rows.append(dict(shift=shift or "usual", return_mean=returns.mean(), return_std=returns.std(), episodes=count))
     return rows
@@ -258,7 +254,7 @@ def show() -> None:
             found = {method: read(dataset, method, fraction) for method in METHODS}
             data = data_return(dataset)
             env_id, own = dataset.partition("-")[0], list(found["dom2"].values())
-            score = f"{normalize(np.mean(own), SCORES[env_id]):.0f}" if own and env_id in SCORES else ""
+            score = f"{normalize(env_id, np.mean(own)):.0f}" if own and env_id in SCORES else ""
             took = "; ".join(minutes(dataset, method, fraction) for method in METHODS)
             cells = " | ".join(map(cell, found.values()))
             verdicts = [compare(found["dom2"], found[method]) for method in OTHERS]

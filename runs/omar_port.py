@@ -13,7 +13,7 @@ import numpy as np
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from common.envs import find_prey
+from common.envs import BadInput, make_env
 from common.omar import HORIZON, ParticleVec
 
 # Mean and standard deviation of the return of uniformly random teams: measured in OMAR's environment over a few hundred episodes,
@@ -51,9 +51,8 @@ def main() -> int:
     files = {"simple_spread": "", "simple_tag": options.prey_tag, "simple_world": options.prey_world}
     try:
         for scenario, file in files.items():
-            if file:
-                find_prey(f"omar_{scenario}", file)
-    except ValueError as error:
+            make_env(f"omar_{scenario}", prey=file)
+    except BadInput as error:
         print(f"omar_port.py: error: {error}", file=sys.stderr)
         return 2
     print(

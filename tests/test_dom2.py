@@ -578,7 +578,7 @@ def test_learning_rates_fall_along_half_a_cosine(folder):
 
 def test_data_that_are_missing_are_made(tmp_path, cli, monkeypatch):
     calls = []
-    monkeypatch.setattr(dom2.subprocess, "run", lambda command, **_: calls.append(command) or type("Done", (), dict(returncode=1)))
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: calls.append(command) or type("Done", (), dict(returncode=1)))
     code, out, err = cli(*SHORT)  # the default
     assert code == 2 and "omar_simple_spread-medium is not there yet: making it" in out and "could not be made" in err
     assert calls[0][1:] == [
@@ -596,7 +596,7 @@ def test_data_that_are_missing_are_made(tmp_path, cli, monkeypatch):
         (["--dataset", "omar_simple_spred-medium"], "did you mean omar_simple_spread-medium"),
         (["--q-wieght", "1"], "did you mean --q-weight"),
         (["--gamma", "1.5"], "--gamma 1.5 is out of range"),
-        (["--dataset", "nowhere/at/all"], "unknown data set 'nowhere/at/all'"),
+        (["--dataset", "nowhere/at/all"], "--dataset nowhere/at/all: there is no such folder"),
         (["--dataset", "FOLDER", "--observation", "k9"], "--observation 'k9'"),
         (["--dataset", "FOLDER", "--prey", "nothing.pt"], "has no prey"),
         (["--dataset", "FOLDER", "--data-seed", "3"], "--data-seed goes with the name"),

@@ -6,7 +6,7 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 from mpe2 import simple_reference_v3, simple_speaker_listener_v4, simple_spread_v3
 
-from common.envs import TASKS, UnknownTask, make_env, make_vec
+from common.envs import TASKS, BadInput, RecordPositions, make_env, make_vec, mix_seed, record_video, versions
 
 UPSTREAM = {
     "mpe_simple_spread": (simple_spread_v3, dict(N=3, local_ratio=0.5)),
@@ -31,7 +31,7 @@ def mpe_action(own: np.ndarray, space: gym.spaces.Box, movable: bool) -> np.ndar
 
 
 @pytest.mark.parametrize(
-    "env_id, episodes", [("mpe_simple_spread", 200)] + [(name, 10) for name in UPSTREAM if name != "mpe_simple_spread"]
+    "env_id, episodes", [("mpe_simple_spread", 50)] + [(name, 10) for name in UPSTREAM if name != "mpe_simple_spread"]
 )
 def test_wrapper_equals_upstream(env_id, episodes):
     module, kwargs = UPSTREAM[env_id]
@@ -113,5 +113,45 @@ def test_gymnasiums_asynchronous_vector_env_gives_the_same():
 
 
 def test_unknown_task_names_the_near_misses():
-    with pytest.raises(UnknownTask, match="mpe_simple_spread"):
+    with pytest.raises(BadInput, match="mpe_simple_spread"):
         make_env("simple_spread")
+
+
+def test_positions_are_recorded_step_by_step():
+    """Rows are environment steps: copy after copy within a step. A resumed recording goes on below what was there."""
+    wrapped, plain, rng = make_vec("mamujoco_ant_2x4", 2), make_vec("mamujoco_ant_2x4", 2), np.random.default_rng(0)
+    before = np.arange(4, dtype=np.float64).reshape(2, 2)
+    envs, fresh = RecordPositions(wrapped, before), RecordPositions(plain)
+    assert fresh.positions.shape == (0, 2)
+    envs.reset(seed=1), fresh.reset(seed=1)
+    want = [before]
+    for _ in range(5):
+        action = rng.uniform(-1, 1, envs.action_space.shape)
+        want.append(fresh.step(action)[4]["torso_xy"])
+        envs.step(action)
+    envs.reset(options={"reset_mask": np.array([True, False])})
+    assert envs.positions.dtype == np.float32
+    np.testing.assert_array_equal(envs.positions, np.concatenate(want).astype(np.float32))
+    np.testing.assert_array_equal(fresh.positions, envs.positions[2:])
+    line = RecordPositions(make_vec("mamujoco_halfcheetah_2x3", 1))
+    line.reset(seed=0), line.step(np.zeros((1, 2, 3)))
+    assert line.positions.shape == (0, 2)  # it moves along a line
+
+
+def test_videos_show_the_episodes_of_the_seeds(tmp_path, monkeypatch, capsys):
+    seen = []
+    record_video(lambda obs: seen.append(obs.copy()) or np.zeros((1, 3, 2)), "mpe_simple_spread", tmp_path / "videos", 7)
+    assert len(list((tmp_path / "videos").glob("*.mp4"))) == 4 and len(seen) == 100
+    for episode in range(4):
+        np.testing.assert_array_equal(seen[25 * episode][0], make_env("mpe_simple_spread").reset(seed=7 + episode)[0])
+    assert f"videos    {tmp_path / 'videos'}" in capsys.readouterr().out
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(BadInput, match="--capture-video needs the package moviepy"):
+        record_video(None, "mpe_simple_spread", tmp_path, 7)
+
+
+def test_versions_and_seeds():
+    about = versions()
+    assert {"torch", "mpe2", "tyro", "tensorboard"} <= set(about["packages"]) and about["git_revision"] and about["python"]
+    seeds = {mix_seed(a, b) for a in range(30) for b in range(30)}
+    assert len(seeds) == 900 and all(0 <= seed < 2**31 for seed in seeds)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from common.datasets import SPLITS, DataError, load_dataset
-from common.envs import make_env, make_vec
+from common.datasets import SPLITS, load_dataset
+from common.envs import BadInput, make_env, make_vec
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "runs"))
@@ -293,7 +293,7 @@ def test_landmarks_are_listed_nearest_first(tmp_path, monkeypatch, wrong):
             places[:] = np.take_along_axis(places, turn[..., None], 1)
         np.save(folder / f"{name}.npy", rows)
     if wrong:
-        with pytest.raises(DataError, match="sees landmark"):
+        with pytest.raises(BadInput, match="sees landmark"):
             load_dataset(str(folder), 1.0, 1, assignments.TASK, 0)
     else:
         assert len(load_dataset(str(folder), 1.0, 1, assignments.TASK, 0).obs) == 1000

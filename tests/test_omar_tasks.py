@@ -11,8 +11,8 @@ import torch
 from gymnasium_robotics import mamujoco_v1
 from torch import nn
 
-from common.envs import find_task, make_env, make_vec
-from common.omar import PREY_SIZES, FilePrey, ParticleVec, ScriptedPrey, load_prey
+from common.envs import BadInput, find_task, make_env, make_vec
+from common.omar import PREY_SIZES, FilePrey, ParticleVec, ScriptedPrey
 from conftest import ROOT, SHORT
 
 # Folder with simple_tag.pt and simple_world.pt: OMAR's pretrained_adv_model.pt of both tasks, under these names.
@@ -339,7 +339,7 @@ def checkpoint(path, n, change=lambda policy: policy, agents=4, old=True):
 def test_a_prey_from_a_file_is_the_network_in_it(scenario, tmp_path):
     size = PREY_SIZES[scenario]
     network = checkpoint(tmp_path / "prey.pt", size)
-    prey = load_prey(str(tmp_path / "prey.pt"), size)
+    prey = FilePrey(str(tmp_path / "prey.pt"), size)
     seen = np.random.default_rng(0).normal(size=(50, size)).astype(np.float32)
     with torch.no_grad():
         np.testing.assert_allclose(prey(seen), network(torch.from_numpy(seen)), atol=2e-6)
@@ -359,33 +359,35 @@ def test_a_prey_from_a_file_is_the_network_in_it(scenario, tmp_path):
     assert np.abs(obs - far).max() > 0.01
 
 
-BROKEN = {
-    "no such file": None,
-    "not a file of plain PyTorch weights": lambda path: path.write_bytes(b"not a checkpoint"),
-    "not a file of plain PyTorch weights, cut short": lambda path: path.write_bytes(b""),
-    "there is no agent_params[3]['policy']": lambda path: checkpoint(path, 14, agents=2),
-    "with in_fn, fc1, fc2 and fc3 in it": lambda path: checkpoint(
-        path, 14, lambda policy: {k: v for k, v in policy.items() if k != "fc2.bias"}
+WEIGHTS = "no plain weights of agent_params[3]['policy'] with in_fn, fc1, fc2 and fc3"
+BROKEN = {  # what is wrong with the file -> what the message says
+    "nothing there": (lambda path: None, "there is no such file"),
+    "a folder": (lambda path: path.mkdir(), "there is no such file"),
+    "a text": (lambda path: path.write_bytes(b"not a checkpoint"), WEIGHTS),
+    "empty": (lambda path: path.write_bytes(b""), WEIGHTS),
+    "no prey": (lambda path: checkpoint(path, 14, agents=2), WEIGHTS),
+    "no bias": (lambda path: checkpoint(path, 14, lambda p: {k: v for k, v in p.items() if k != "fc2.bias"}), WEIGHTS),
+    "of world": (lambda path: checkpoint(path, 22), "that takes 14 numbers"),
+    "negative": (
+        lambda path: checkpoint(path, 14, lambda p: p | {"in_fn.running_var": p["in_fn.running_var"] - 3}),
+        "its actions are not two finite numbers",
     ),
-    "in_fn.running_mean has shape [22], this task needs [14]": lambda path: checkpoint(path, 22),
-    "a folder, not a file": lambda path: path.mkdir(),
-    "in_fn.running_var has a negative value": lambda path: checkpoint(
-        path, 14, lambda p: p | {"in_fn.running_var": p["in_fn.running_var"] - 3}
-    ),
-    "fc1.weight has a value that is not finite": lambda path: checkpoint(
-        path, 14, lambda p: p | {"fc1.weight": p["fc1.weight"] / 0}
+    "infinite": (
+        lambda path: checkpoint(path, 14, lambda p: p | {"fc1.weight": p["fc1.weight"] / 0}),
+        "its actions are not two finite numbers",
     ),
 }
 
 
-@pytest.mark.parametrize("reason", BROKEN)
-def test_bad_prey_files_say_what_is_wrong(reason, tmp_path, cli):
-    path = tmp_path / "prey.pt"
-    if BROKEN[reason]:
-        BROKEN[reason](path)
-    with pytest.raises(ValueError, match=".*") as caught:
-        load_prey(str(path), 14)
-    assert reason in str(caught.value) and str(path) in str(caught.value) and len(str(caught.value).splitlines()) == 1
+@pytest.mark.parametrize("kind", BROKEN)
+def test_bad_prey_files_say_what_is_wrong(kind, tmp_path, cli):
+    path, (damage, reason) = tmp_path / "prey.pt", BROKEN[kind]
+    damage(path)
+    for opened in (lambda: make_env("omar_simple_tag", prey=str(path)), lambda: make_vec("omar_simple_tag", 2, prey=str(path))):
+        with pytest.raises(BadInput) as caught:
+            opened()
+        assert str(caught.value).startswith(f"--prey {path}: ") and reason in str(caught.value)
+        assert len(str(caught.value).splitlines()) == 1
     code, out, err = cli("--env-id", "omar_simple_tag", "--prey", path)
     assert code == 2 and reason in err and len(err.splitlines()) == 1 and not out
 
@@ -396,8 +398,8 @@ def test_a_prey_file_is_never_executed(tmp_path):
             return os.mkdir, (str(tmp_path / "executed"),)
 
     torch.save({"agent_params": [Evil()]}, tmp_path / "prey.pt")
-    with pytest.raises(ValueError, match="with code in it, which is never run"):
-        load_prey(str(tmp_path / "prey.pt"), 14)
+    with pytest.raises(BadInput, match="code in a file is never run"):
+        FilePrey(str(tmp_path / "prey.pt"), 14)
     assert not (tmp_path / "executed").exists()
 
 
@@ -446,7 +448,7 @@ def test_a_run_with_a_prey_file(tmp_path, cli):
 def test_pictures(env_id):
     env = make_env(env_id, render_mode="rgb_array")
     env.reset(seed=0)
-    frames = [env.render(), *(env.step(np.ones((3, 2)))[0] is None or env.render() for _ in range(3))]
+    frames = [env.render(), (env.step(np.ones((3, 2))), env.render())[1]]
     assert all(frame.shape == (700, 700, 3) and len(np.unique(frame.reshape(-1, 3), axis=0)) > 3 for frame in frames)
     assert (frames[0] != frames[-1]).any()
     env.close()
@@ -457,7 +459,7 @@ def test_tasks_without_prey_refuse_a_prey_file(env_id, tmp_path, cli):
     checkpoint(tmp_path / "prey.pt", 14)
     code, out, err = cli("--env-id", env_id, "--prey", tmp_path / "prey.pt")
     assert code == 2 and "has no prey" in err and len(err.splitlines()) == 1 and not out
-    with pytest.raises(ValueError, match="has no prey"):
+    with pytest.raises(BadInput, match="has no prey"):
         make_vec(env_id, 2, prey=str(tmp_path / "prey.pt"))
 
 

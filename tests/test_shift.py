@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from common.envs import ROBOT_SHIFTS, make_env, make_vec
+from common.envs import ROBOT_SHIFTS, BadInput, make_env, make_vec, offers_shift
 from common.omar import ParticleVec
 
 SLOWEST = {"simple_spread": 0.3, "simple_tag": 0.4, "simple_world": 0.5}
@@ -133,5 +133,6 @@ def test_a_shift_changes_what_happens_not_what_is_seen_first():
 )
 def test_a_task_is_shifted_only_as_it_can_be(env_id, shift, reason):
     for opened in (lambda: make_env(env_id, shift=shift), lambda: make_vec(env_id, 2, shift=shift)):
-        with pytest.raises(ValueError, match=re.escape(reason)):
+        with pytest.raises(BadInput, match=re.escape(f"--shift {shift!r}: {env_id} ") + ".*" + re.escape(reason)):
             opened()
+    assert shift not in offers_shift(env_id) and all(f"'{other}'" in reason for other in offers_shift(env_id))
