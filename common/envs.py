@@ -41,6 +41,7 @@ import farama_notifications
 import gymnasium as gym
 import mujoco
 import numpy as np
+import torch
 
 farama_notifications.notifications.pop("gymnasium_robotics", None)  # printed at every import, about other robots
 from gymnasium_robotics import mamujoco_v1
@@ -440,6 +441,23 @@ def check_video() -> None:
     """Raises `BadInput` if videos cannot be made."""
     if not importlib.util.find_spec("moviepy"):
         raise BadInput("--capture-video needs the package moviepy, see requirements.txt")
+
+
+def evaluate(act: Act, envs: gym.vector.VectorEnv, seed: int) -> np.ndarray:
+    """Team returns [E] of one episode in each of `envs`; start states and the noise of `act` depend on `seed` only."""
+    with torch.random.fork_rng(range(torch.cuda.device_count())):  # the caller goes on as if nothing had been drawn
+        torch.manual_seed(seed)
+        obs, _ = envs.reset(seed=seed)
+        returns, finished = np.zeros(envs.num_envs), np.zeros(envs.num_envs, bool)
+        while not finished.all():
+            obs, _, terminated, truncated, info = envs.step(act(obs))
+            done = terminated | truncated
+            if done.any():
+                first = done & ~finished  # an environment that is done early runs on; only its first episode counts
+                returns[first] = info["episode"]["r"][first]
+                finished |= done
+                obs, _ = envs.reset(options={"reset_mask": done})
+    return returns
 
 
 def record_video(act: Act, env_id: str, folder: Path, seed: int, observation="", prey="", shift="") -> None:

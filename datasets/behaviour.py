@@ -53,7 +53,7 @@ def load_behaviour(env_id: str, level: str, folder: Path = POLICIES) -> tuple[to
         if about["format"] != FORMAT:
             raise ValueError(f"of format {about['format']}, not {FORMAT}")
         env, args = make_env(env_id), read_args(about["args"])
-        policy = omad.make_policy(env.obs_sizes, env.action_sizes, args)
+        policy = omad.POLICIES[args.policy](env.obs_sizes, env.action_sizes, args)
         policy.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # anything, in a file that is damaged
         reason = " ".join(str(error).split())[:200]
