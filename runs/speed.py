@@ -4,8 +4,8 @@
     python runs/speed.py --programs omad --env-id mamujoco_ant_2x4 --tables update --end-to-end 10000
 
 Versions of the same step are timed in turns, within one process: eager; on a GPU also as a CUDA graph and as a graph of
-compiled networks; on a CPU, with --compile, compiled. An update is one with everything that training does for it: draw,
-sample, losses, optimisers. A line (and a row of --output) has
+compiled networks; on a CPU, with --compile, compiled. An update has everything that training does for it: draw, sample,
+losses, optimisers. Columns of the output:
 
     operations   that torch dispatches, without views: exact on any machine, and what a small network's time is made of
     ms, per_s    the median over the turns
@@ -18,7 +18,6 @@ sample, losses, optimisers. A line (and a row of --output) has
 """
 
 import csv
-import dataclasses
 import statistics
 import subprocess
 import sys
@@ -26,7 +25,8 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal, NamedTuple
@@ -70,8 +70,7 @@ class Options:
 class Operations(TorchDispatchMode):
     """Counts what torch dispatches, by name. Views, allocations and marks for the profiler do no work."""
 
-    IDLE = {"_unsafe_view", "_record_function_enter_new", "_record_function_exit"}
-    IDLE |= {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+    IDLE = ("empty", "new_empty", "_unsafe_view", "_record_function")  # beginnings of names
 
     def __init__(self):
         super().__init__()
@@ -79,7 +78,7 @@ class Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         name = operation.overloadpacket.__name__
-        self.names[name] += not operation.is_view and name not in self.IDLE
+        self.names[name] += not operation.is_view and not name.startswith(self.IDLE)
         return operation(*args, **kwargs or {})
 
 
@@ -92,11 +91,11 @@ def count_operations(function: Callable[[], object]) -> int:
 
 
 class Step(NamedTuple):
-    """Something to time: `run` does it `count` times over, each with that many compulsory bytes."""
+    """Something to time."""
 
     run: Callable[[], object]
-    traffic: float
-    count: int = 1
+    traffic: float  # compulsory bytes
+    count: int = 1  # how many times `run` does it
 
 
 Steps = dict[str, Step]
@@ -107,7 +106,7 @@ class Bench:
     """The rates of this machine, and the table as far as it has been measured."""
 
     def __init__(self, options: Options):
-        self.options, self.device, self.rows = options, omad.pick_device(options.device), []
+        self.device, self.turns, self.rows = omad.pick_device(options.device), options.turns, []
         self.cuda = self.device.type == "cuda"
         size, length = (8192, 2**28) if self.cuda else (1024, 2**24)
         a, b, out = torch.randn(3, size, size, device=self.device)
@@ -116,23 +115,25 @@ class Bench:
         self.rates = 2 * size**3 / min(times["product"]), 8 * length / min(times["copy"])
         name = torch.cuda.get_device_name() if self.cuda else f"CPU, {options.torch_threads} thread(s)"
         print(f"{name}, torch {torch.__version__}: {self.rates[0] / 1e12:.2f} TFLOP/s, {self.rates[1] / 1e9:.0f} GB/s")
-        print(f"{'':55s}" + "".join(f"{name:>11s}" for name in COLUMNS[3:]))
+        print(f"{'':60s}" + "".join(f"{name:>11s}" for name in COLUMNS[3:]))
 
     def in_turns(self, versions: dict[str, Callable]) -> dict[str, list[float]]:
-        """Seconds per call of each version, one version after the other in every turn, the first to warm up."""
-        wait, repeats = torch.cuda.synchronize if self.cuda else lambda: None, dict.fromkeys(versions, 1)
-        times = {name: [] for name in versions}
-        for turn in range(self.options.turns + 1):
-            for name, function in versions.items():
-                wait()
-                start = time.perf_counter()
-                for _ in range(repeats[name]):
-                    function()
-                wait()
-                times[name].append((time.perf_counter() - start) / repeats[name])
-                if not turn:  # from now on as many at a time as take a twentieth of a second
-                    repeats[name] = max(1, min(100, round(0.05 / times[name].pop())))
-        return times
+        """Seconds per call of each version, one version after the other in every turn, a twentieth of a second each."""
+        wait = torch.cuda.synchronize if self.cuda else lambda: None
+
+        def clock(function: Callable, repeats: int) -> float:
+            wait()
+            start = time.perf_counter()
+            for _ in range(repeats):
+                function()
+            wait()
+            return (time.perf_counter() - start) / repeats
+
+        repeats = {name: max(1, min(100, round(0.05 / clock(function, 1)))) for name, function in versions.items()}
+        turns = [
+            {name: clock(function, repeats[name]) for name, function in versions.items()} for _ in range(self.turns)
+        ]
+        return {name: [turn[name] for turn in turns] for name in versions}
 
     def compare(self, label: str, builds: dict[str, Callable[[], Steps]]) -> None:
         """Builds every version, and times their steps against each other."""
@@ -149,72 +150,57 @@ class Bench:
         for what in next(iter(built.values())):
             steps, flops = {version: parts[what] for version, parts in built.items()}, None
             times = self.in_turns({version: step.run for version, step in steps.items()})
-            times = {version: [t / steps[version].count for t in values] for version, values in times.items()}
-            for version, step in steps.items():
-                eager = "graph" not in version and "compiled" not in version
-                if eager:
+            for version, (run, traffic, count) in steps.items():
+                if version.startswith("eager"):  # others do the same, unseen
                     with FlopCounterMode(display=False) as counter:
-                        step.run()
-                    flops = counter.get_total_flops() / step.count
-                operations = count_operations(step.run) / step.count if version != "compiled" else None
-                seconds = statistics.median(times[version])
+                        run()
+                    flops = counter.get_total_flops() / count
+                seconds = statistics.median(times[version]) / count
                 ratio = statistics.median(a / b for a, b in zip(next(iter(times.values())), times[version]))
-                row = dict(
-                    operations=operations, ms=1e3 * seconds, ratio=ratio, mb=step.traffic / 1e6, gib=gib[version]
-                )
+                row = dict(ms=1e3 * seconds, per_s=1 / seconds, ratio=ratio, mb=traffic / 1e6, gib=gib[version])
+                if version != "compiled":
+                    row["operations"] = count_operations(run) / count
                 if flops is not None:
-                    floor = max(flops / self.rates[0], step.traffic / self.rates[1])
+                    floor = max(flops / self.rates[0], traffic / self.rates[1])
                     row |= dict(gflop=flops / 1e9, share=floor / seconds)
-                self.tell(label, what, version, per_s=1 / seconds, **row)
+                self.tell(label, what, version, **row)
 
     def tell(self, label: str, what: str, version: str, **numbers: float | None) -> None:
         cells = ["" if numbers.get(name) is None else f"{numbers[name]:.4g}" for name in COLUMNS[3:]]
         self.rows.append([label, what, version, *cells])
-        print(f"{f'{label}: {what}, {version}':55s}" + "".join(f"{cell:>11s}" for cell in cells), flush=True)
-
-    def versions(self, build: Callable[[bool, bool], Steps]) -> dict[str, Callable[[], Steps]]:
-        """Of what `build` makes, captured and compiled or not: those that make sense here."""
-        names = {"eager": (False, False)}
-        if self.cuda:
-            names |= {"graph": (True, False), "graph, compiled": (True, True)}
-        elif self.options.compile:
-            names["compiled"] = (False, True)
-        return {name: lambda how=how: build(*how) for name, how in names.items()}
+        print(f"{f'{label}: {what}, {version}':60s}" + "".join(f"{cell:>11s}" for cell in cells), flush=True)
 
 
 def weights(*modules: torch.nn.Module) -> int:
     return sum(p.numel() for module in modules for p in module.parameters())
 
 
+def acting(module, args, env, policy: torch.nn.Module) -> Steps:
+    """A decision of all agents, one and 256 at once, from observations on the host to actions on the host."""
+    act = lambda n: partial(module.make_act(policy, args), np.zeros((n, *env.obs_mask.shape), np.float32))
+    return {f"act in {n}": Step(act(n), 4 * weights(policy)) for n in (1, 256)}
+
+
 def omad_steps(env, args: omad.Args, device: torch.device) -> Steps:
-    """Updates on a replay of random transitions, and acting in the preset's environments."""
-    torch.manual_seed(0)
-    agent, replay, f, graph = (
-        omad.OMAD(env, args, device),
-        omad.Replay(env, 10_000, device),
-        args.policy_frequency,
-        args.cuda_graph,
-    )
+    """Updates on a replay of random transitions, and acting."""
+    agent, replay, f = omad.OMAD(env, args, device), omad.Replay(env, 10_000, device), args.policy_frequency
     replay.table.normal_()[:, -1] = 0  # nothing terminates
-    learn = omad.graphed(
-        lambda rows, *noise: agent.update(replay.sample(rows), *noise), graph and device.type == "cuda"
-    )
+    learn = lambda rows, *noise: agent.update(replay.sample(rows), *noise)
+    learn = omad.graphed(learn, args.cuda_graph and device.type == "cuda")
     rows = lambda: torch.randint(len(replay.table), (args.batch_size,), device=device)
     update = lambda chains: learn(rows(), *(agent.policy.noise(args.batch_size) for _ in range(chains)))
-    act, obs = omad.make_act(agent.policy, args), np.zeros((args.num_envs, *env.obs_mask.shape), np.float32)
     few = 4 * (weights(agent.policy) + 9 * weights(agent.critic) + 2 * args.batch_size * replay.table.shape[1])
     more = 32 * weights(agent.policy)
     return {
         "critic update": Step(lambda: update(1), few),
         "full update": Step(lambda: update(2), few + more),
         "mean update": Step(lambda: [update(1 + (i == 0)) for i in range(f)], few + more / f, f),
-        f"act in {len(obs)}": Step(lambda: act(obs), 4 * weights(agent.policy)),
+        **acting(omad, args, env, agent.policy),
     }
 
 
 def dom2_steps(env, args: dom2.Args, device: torch.device) -> Steps:
-    """Updates on random transitions in the place of data, and acting in the environments of an evaluation."""
-    torch.manual_seed(0)
+    """Updates on random transitions in the place of data, and acting."""
     (n, o), a, count, rng = env.obs_mask.shape, env.action_mask.shape[1], 10_000, np.random.default_rng(0)
     normal = lambda *shape: rng.standard_normal((count, n, *shape), np.float32)
     known = dict(episodes=np.array([[0, count]]), terminations=np.zeros(count, bool), next_known=np.ones(count, bool))
@@ -222,12 +208,51 @@ def dom2_steps(env, args: dom2.Args, device: torch.device) -> Steps:
     agent, data = dom2.DOM2(env, args, device), dom2.Data(source, env, args, device)
     learn = lambda rows, *drawn: agent.update(data.sample(rows), *drawn)
     learn = dom2.graphed(learn, args.cuda_graph and device.type == "cuda")
-    act, obs = dom2.make_act(agent.slow_policy, args), np.zeros((args.eval_episodes, n, o), np.float32)
     traffic = 4 * (11 * weights(agent.policy, agent.critic) + 2 * args.batch_size * data.table[0].numel())
-    return {
-        "update": Step(lambda: learn(data.draw(args.batch_size), *agent.draw()), traffic),
-        f"act in {len(obs)}": Step(lambda: act(obs), 4 * weights(agent.policy)),
-    }
+    update = Step(lambda: learn(data.draw(args.batch_size), *agent.draw()), traffic)
+    return {"update": update, **acting(dom2, args, env, agent.slow_policy)}
+
+
+PROGRAMS = {  # what makes their steps, what is chosen, what their K is called, and their networks, the cheapest first
+    "omad": (omad, omad_steps, "env_id", "denoising_steps", {"gaussian": dict(policy="gaussian"), "diffusion": {}}),
+    "dom2": (dom2, dom2_steps, "dataset", "solver_steps", {
+        "deterministic": dict(policy="deterministic"), "mlp": dict(network="mlp"), "unet": {},
+    }),
+}  # fmt: skip
+
+
+def measure(bench: Bench, options: Options, program: str) -> None:
+    """The tables of one program."""
+    module, steps, chosen, length, kinds = PROGRAMS[program]
+    task, device, modes = getattr(options, chosen), bench.device, {"eager": dict(cuda_graph=False)}
+    if bench.cuda:
+        modes |= {"graph": dict(cuda_graph=True), "graph, compiled": dict(cuda_graph=True, compile=True)}
+    elif options.compile:
+        modes |= {"compiled": dict(compile=True)}
+    args = module.preset(task)
+    env = make_env(task if program == "omad" else find_env_id(task), args.observation)
+    if "update" in options.tables:
+        for kind, own in kinds.items():
+            builds = {name: partial(steps, env, replace(args, **mode, **own), device) for name, mode in modes.items()}
+            bench.compare(f"{program} {task} {kind}", builds)
+    for mode in ("eager", "graph")[: 1 + bench.cuda]:
+        if "acting" in options.tables:
+            policies = dict([*kinds.items()][:1]) | {f"K = {k}": {length: k} for k in options.steps}
+            policies = {name: replace(args, **own, **modes[mode]) for name, own in policies.items()}
+            new = lambda args: module.POLICIES[args.policy](env.obs_sizes, env.action_sizes, args).to(device)
+            builds = {f"{mode}, {name}": lambda x=x: acting(module, x, env, new(x)) for name, x in policies.items()}
+            bench.compare(f"{program} {task}", builds)
+        if "growth" in options.tables:
+            build = partial(steps, args=replace(args, **modes[mode]), device=device)
+            bench.compare(f"{program} growth", {f"{mode}, N = {n}": partial(build, team(n)) for n in options.agents})
+    if options.end_to_end:
+        flags = f"--{chosen.replace('_', '-')} {task} --device {options.device} --torch-threads {options.torch_threads}"
+        flags += " --learning-starts 1000 --total-timesteps" if program == "omad" else " --total-updates"
+        flags += f" {2 * options.end_to_end} --eval-every {options.end_to_end} --eval-episodes 1"
+        times = {mode: end_to_end(program, mode, flags) for mode in modes}
+        for mode, took in times.items():
+            rates = dict(ms=1e3 * took, per_s=1 / took, ratio=times["eager"] / took)
+            bench.tell(f"{program} {task}", "end to end", mode, **rates)
 
 
 def team(n: int) -> SimpleNamespace:
@@ -236,71 +261,14 @@ def team(n: int) -> SimpleNamespace:
     return SimpleNamespace(**masks, obs_sizes=[18] * n, action_sizes=[2] * n, state_size=18 * n, num_agents=n)
 
 
-def measure(bench: Bench, program: str) -> None:
-    """The tables of one program."""
-    options, device = bench.options, bench.device
-    if program == "omad":
-        module, steps, task, args, length = (
-            omad,
-            omad_steps,
-            options.env_id,
-            omad.preset(options.env_id),
-            "denoising_steps",
-        )
-        env, kinds = make_env(task, args.observation), {"gaussian": dict(policy="gaussian"), "diffusion": {}}
-    else:
-        module, steps, task, args, length = (
-            dom2,
-            dom2_steps,
-            options.dataset,
-            dom2.preset(options.dataset),
-            "solver_steps",
-        )
-        kinds = {"deterministic": dict(policy="deterministic"), "mlp": dict(network="mlp"), "unet": {}}
-        env = make_env(find_env_id(task))
-    changed = lambda graph, **own: dataclasses.replace(args, cuda_graph=graph, **own)
-    if "update" in options.tables:
-        for kind, own in kinds.items():
-            build = lambda graph, compiled: steps(env, changed(graph, compile=compiled, **own), device)
-            bench.compare(f"{program} {kind} {task}", bench.versions(build))
-    if options.end_to_end:
-        end_to_end(bench, program, task)
-
-    def acting(args) -> Steps:
-        """A decision of all agents, from observations on the host to actions on the host."""
-        policy = module.POLICIES[args.policy](env.obs_sizes, env.action_sizes, args).to(device)
-        some = {n: (module.make_act(policy, args), np.zeros((n, *env.obs_mask.shape), np.float32)) for n in (1, 256)}
-        return {
-            f"act in {n}": Step(lambda act=act, obs=obs: act(obs), 4 * weights(policy))
-            for n, (act, obs) in some.items()
-        }
-
-    for graph, prefix in [(False, ""), (True, "graph, ")][: 1 + bench.cuda]:
-        policies = dict([next(iter(kinds.items()))]) | {f"K = {k}": {length: k} for k in options.steps}
-        if "acting" in options.tables:
-            builds = {prefix + name: lambda own=own: acting(changed(graph, **own)) for name, own in policies.items()}
-            bench.compare(f"{program} {task}", builds)
-        if "growth" in options.tables:
-            builds = {f"{prefix}N = {n}": lambda n=n: steps(team(n), changed(graph), device) for n in options.agents}
-            bench.compare(f"{program} of 18, 2", builds)
-
-
-def end_to_end(bench: Bench, program: str, task: str) -> None:
-    """Steps per second of the program itself, between its last two evaluations (of one episode, whose time is counted)."""
-    options, first = bench.options, None
-    length = f"--total-timesteps {2 * options.end_to_end} --learning-starts 1000" if program == "omad" else ""
-    length = length or f"--total-updates {2 * options.end_to_end}"
-    flags = f"{'--env-id' if program == 'omad' else '--dataset'} {task} {length} --eval-every {options.end_to_end} --eval-episodes 1"
-    flags += f" --device {options.device} --torch-threads {options.torch_threads}"
-    for version in bench.versions(None):
-        own = " --no-cuda-graph" * ("graph" not in version) + " --compile" * ("compiled" in version)
-        with tempfile.TemporaryDirectory() as folder:  # a process with memory and compiler of its own
-            command = [sys.executable, str(ROOT / f"{program}.py"), *(flags + own).split(), "--run-dir", folder]
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-            a, b = list(csv.DictReader(next(Path(folder).glob("*/eval.csv")).open()))[-2:]
-        took = (float(b["wall_time_s"]) - float(a["wall_time_s"])) / (int(b["step"]) - int(a["step"]))
-        first = first or took
-        bench.tell(f"{program} {task}", "end to end", version, ms=1e3 * took, per_s=1 / took, ratio=first / took)
+def end_to_end(program: str, mode: str, flags: str) -> float:
+    """Seconds per step of the program itself between its last two evaluations (one episode, whose time is counted)."""
+    flags += " --no-cuda-graph" * ("graph" not in mode) + " --compile" * ("compiled" in mode)
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(ROOT / f"{program}.py"), *flags.split(), "--run-dir", folder]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        before, last = list(csv.DictReader(next(Path(folder).glob("*/eval.csv")).open()))[-2:]
+    return (float(last["wall_time_s"]) - float(before["wall_time_s"])) / (int(last["step"]) - int(before["step"]))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -308,7 +276,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(options.torch_threads)
     bench = Bench(options)
     for program in options.programs:
-        measure(bench, program)
+        measure(bench, options, program)
     if options.output:
         with open(options.output, "w", newline="") as file:
             csv.writer(file).writerows([COLUMNS, *bench.rows])
