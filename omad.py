@@ -25,6 +25,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -152,7 +153,7 @@ class ParallelLinear(nn.Module):
 
 
 class DiffusionPolicy(nn.Module):
-    """N independent diffusion policies pi_i(a_i | o_i): stochastic differential equations, u and rho learned [OMAD chain].
+    """N independent diffusion policies pi_i(a_i | o_i), stochastic differential equations with learned u, rho [OMAD chain]:
 
     x_0 ~ N(0, 2.5^2 I),   x_{n+1} = mu_n + sqrt(2 eta_n) noise,   a = tanh(x_K)
     mu_n = x_n + eta_n (-x_n / 2.5^2 + u(x_n, o, n)),   eta_n = softplus(rho_dt) schedule_n / softplus(rho_friction)
@@ -329,12 +330,10 @@ class OMAD(nn.Module):
             self.slow_critic = copy.deepcopy(self.critic).eval().requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha), device=device))
         self.target_cost = args.target_entropy_scale * sum(env.action_sizes)
-        on_gpu = dict(fused=True, capturable=device.type == "cuda")
-        self.policy_adam = torch.optim.Adam(
-            self.policy.parameters(), args.policy_lr, (args.adam_beta1, 0.999), **on_gpu
-        )
-        self.critic_adam = torch.optim.Adam(self.critic.parameters(), args.q_lr, (args.adam_beta1, 0.999), **on_gpu)
-        self.alpha_adam = torch.optim.Adam([self.log_alpha], args.alpha_lr, **on_gpu)
+        adam = partial(torch.optim.Adam, fused=True, capturable=device.type == "cuda")
+        self.policy_adam = adam(self.policy.parameters(), args.policy_lr, betas=(args.adam_beta1, 0.999))
+        self.critic_adam = adam(self.critic.parameters(), args.q_lr, betas=(args.adam_beta1, 0.999))
+        self.alpha_adam = adam([self.log_alpha], args.alpha_lr)
         self.adams = (self.policy_adam, self.critic_adam, self.alpha_adam)
         if args.compile:
             self.critic_loss, self.policy_loss = torch.compile(self.critic_loss), torch.compile(self.policy_loss)
@@ -509,7 +508,7 @@ def train(args: Args, envs: gym.vector.VectorEnv | None = None) -> None:
     if begun:
         agent.load_state_dict(saved["agent"])
         for adam, state in zip(agent.adams, saved["adams"]):
-            adam.load_state_dict(state)
+            adam.load_state_dict(adam.state_dict() | {"state": state})
         replay.added, count = saved["added"], len(saved["replay"])
         replay.table[:count] = saved["replay"].to(device)
         random.set_rng_state(saved["random"])
@@ -539,7 +538,7 @@ def train(args: Args, envs: gym.vector.VectorEnv | None = None) -> None:
             policy = dict(format=FORMAT, args=vars(args), policy=agent.policy.state_dict(), **sizes, **evaluations[-1])
             checkpoint = dict(
                 format=FORMAT, step=step, updates=updates, seconds=seconds, evaluations=evaluations,
-                agent=agent.state_dict(), adams=[adam.state_dict() for adam in agent.adams], added=replay.added,
+                agent=agent.state_dict(), adams=[adam.state_dict()["state"] for adam in agent.adams], added=replay.added,
                 replay=replay.table[: replay.added], random=random.get_rng_state(), positions=torch.tensor(envs.positions),
             )  # fmt: skip
             table = [",".join(evaluations[0]), *(",".join(map(str, row.values())) for row in evaluations)]
@@ -556,6 +555,13 @@ def train(args: Args, envs: gym.vector.VectorEnv | None = None) -> None:
         # Act.
         uniform = lambda: torch.rand(envs.action_space.shape, device=device).cpu().numpy() * 2 - 1
         action = act(obs) if step >= args.learning_starts else uniform()
+        # Learn, without the newest transition: a GPU does it while the environments step.
+        if step > args.learning_starts:
+            for _ in range(round(args.updates_per_step * args.num_envs)):
+                updates += 1
+                rows = torch.randint(min(replay.added, len(replay.table)), (args.batch_size,), device=device)
+                chains = 2 if updates % args.policy_frequency == 0 else 1
+                logs |= learn(rows, *(agent.policy.noise(args.batch_size) for _ in range(chains)))
         next_obs, reward, terminated, truncated, info = envs.step(action)
         seen = dict(obs=obs, next_obs=next_obs, state=state, next_state=info["state"])
         replay.add(**seen, action=action, reward=reward, terminated=terminated)
@@ -568,13 +574,6 @@ def train(args: Args, envs: gym.vector.VectorEnv | None = None) -> None:
         step += args.num_envs
         bar.update(args.num_envs)
 
-        # Learn.
-        if step > args.learning_starts:
-            for _ in range(round(args.updates_per_step * args.num_envs)):
-                updates += 1
-                rows = torch.randint(min(replay.added, len(replay.table)), (args.batch_size,), device=device)
-                chains = 2 if updates % args.policy_frequency == 0 else 1
-                logs |= learn(rows, *(agent.policy.noise(args.batch_size) for _ in range(chains)))
         if step % 1000 < args.num_envs or step >= args.total_timesteps:  # the scalars of the last update
             for name, value in (logs | {"charts/steps_per_second": step / (time.time() - started)}).items():
                 writer.add_scalar(name, float(value), step)
