@@ -46,12 +46,9 @@ ORDERS = np.array(list(itertools.permutations(range(6), 3)))  # [120, 3] landmar
 class Options:
     """Which part to do; what is there already is kept."""
 
-    methods: tuple[str, ...] = tuple(offline.METHODS)
-    """of dom2, cloning, deterministic"""
-    seeds: tuple[int, ...] = (1, 2, 3)
-    """seeds of training"""
-    jobs: int = 2
-    """runs side by side"""
+    methods: tuple[str, ...] = tuple(offline.METHODS)  # of dom2, cloning, deterministic
+    seeds: tuple[int, ...] = (1, 2, 3)  # seeds of training
+    jobs: int = 2  # runs side by side
 
 
 def landmarks(envs: gym.vector.VectorEnv) -> tuple[np.ndarray, np.ndarray]:

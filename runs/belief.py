@@ -30,12 +30,9 @@ RESULT = offline.ROOT / "runs" / "results" / "belief.csv"
 class Options:
     """Which runs to look at; those without a checkpoint.pt are left out."""
 
-    datasets: tuple[str, ...]
-    """names of data sets"""
-    methods: tuple[Literal["dom2", "deterministic"], ...] = ("dom2", "deterministic")
-    """imitation has no critics"""
-    seeds: tuple[int, ...] = (1, 2, 3)
-    """seeds of training"""
+    datasets: tuple[str, ...]  # names of data sets
+    methods: tuple[Literal["dom2", "deterministic"], ...] = ("dom2", "deterministic")  # imitation has no critics
+    seeds: tuple[int, ...] = (1, 2, 3)  # seeds of training
 
 
 @torch.no_grad()

@@ -27,14 +27,10 @@ import tyro
 class Options:
     """Bins of the ground plane that runs visited."""
 
-    runs: tyro.conf.Positional[tuple[Path, ...]]
-    """directories of runs"""
-    steps: int = 250_000
-    """how many of the first training steps count"""
-    bin_size: float = 1.0
-    """side of a bin, in metres"""
-    picture: Path = Path("coverage.png")
-    """where the map goes"""
+    runs: tyro.conf.Positional[tuple[Path, ...]]  # directories of runs
+    steps: int = 250_000  # how many of the first training steps count
+    bin_size: float = 1.0  # side of a bin, in metres
+    picture: Path = Path("coverage.png")  # where the map goes
 
 
 def visited(xy: np.ndarray, bin_size: float) -> tuple[np.ndarray, np.ndarray]:

@@ -21,12 +21,9 @@ METHODS = ("dom2", "deterministic")
 class Options:
     """What to train; without data sets nothing is trained."""
 
-    datasets: tuple[str, ...] = ()
-    """names of data sets"""
-    seeds: tuple[int, ...] = (1, 2, 3)
-    """seeds of training, which also draw the episodes"""
-    jobs: int = 2
-    """runs side by side"""
+    datasets: tuple[str, ...] = ()  # names of data sets
+    seeds: tuple[int, ...] = (1, 2, 3)  # seeds of training, which also draw the episodes
+    jobs: int = 2  # runs side by side
 
 
 def passing(shares: list[float], means: list[float], level: float) -> float | None:

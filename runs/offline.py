@@ -68,18 +68,12 @@ FRESH = 10**6  # seed of the fresh episodes
 class Options:
     """What to train; without data sets nothing is trained."""
 
-    datasets: tuple[str, ...] = ()
-    """names of data sets"""
-    methods: tuple[str, ...] = tuple(METHODS)
-    """of dom2, cloning, deterministic"""
-    seeds: tuple[int, ...] = (1, 2, 3)
-    """seeds of training"""
-    fractions: tuple[float, ...] = (1.0,)
-    """shares of the episodes to learn from"""
-    updates: int = 0
-    """updates of DOM2, instead of the preset's"""
-    jobs: int = 2
-    """runs side by side, one core each"""
+    datasets: tuple[str, ...] = ()  # names of data sets
+    methods: tuple[str, ...] = tuple(METHODS)  # of dom2, cloning, deterministic
+    seeds: tuple[int, ...] = (1, 2, 3)  # seeds of training
+    fractions: tuple[float, ...] = (1.0,)  # shares of the episodes to learn from
+    updates: int = 0  # updates of DOM2, instead of the preset's
+    jobs: int = 2  # runs side by side, one core each
 
 
 def folder(dataset: str, method: str, fraction: float) -> Path:

@@ -27,10 +27,8 @@ EPISODES, BLOCK = 40_000, 400
 class Options:
     """Random play in OMAR's tasks."""
 
-    prey_tag: str = ""
-    """OMAR's prey of simple_tag"""
-    prey_world: str = ""
-    """OMAR's prey of simple_world"""
+    prey_tag: str = ""  # OMAR's prey of simple_tag
+    prey_world: str = ""  # OMAR's prey of simple_world
 
 
 # The last two columns: how far our mean is from the one measured there, in standard errors of a difference between two means of 400

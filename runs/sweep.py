@@ -53,16 +53,12 @@ COLUMNS = ("dataset", *FLAGS, "return_mean", "return_std", "episodes", "seconds"
 class Options:
     """Which part of the search to run."""
 
+    # data sets to search
     datasets: tuple[str, ...] = tuple(f"{env_id}-{split}" for env_id in SCORES for split in SPLITS) + (assignments.NAME,)
-    """data sets to search"""
-    jobs: int = 2
-    """runs side by side"""
-    network: str = "unet"
-    """of the diffusion policies"""
-    repeat: int = 0
-    """how many of the best trials of each kind, by the first seed, to run with two more seeds"""
-    show: bool = False
-    """run nothing, show the table of complete searches"""
+    jobs: int = 2  # runs side by side
+    network: str = "unet"  # of the diffusion policies
+    repeat: int = 0  # how many of the best trials of each kind, by the first seed, to run with two more seeds
+    show: bool = False  # run nothing, show the table of complete searches
 
 
 # First guesses, from trials: eta and zeta by split ...
