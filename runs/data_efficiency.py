@@ -1,10 +1,10 @@
 """How much of the data is needed? Return against the share of the episodes, for DOM2 and the deterministic baseline.
 
-    python runs/data_efficiency.py --datasets omar_simple_spread-expert          # trains what is missing (runs/offline.py), then shows it
-    python runs/data_efficiency.py                                               # only shows what there is
+    python runs/data_efficiency.py --datasets omar_simple_spread-expert       # trains what is missing, then shows it
+    python runs/data_efficiency.py                                            # only shows what there is
 
-The share at which DOM2 passes what the baseline earns from all of the data is the paper's claim (at most 5 %); it is interpolated between
-the shares that were run. Picture: runs/results/data_efficiency.png.
+The share at which DOM2 passes what the baseline earns from all of the data is the paper's claim (at most 5 %); it is
+interpolated between the shares that were run. Picture: runs/results/data_efficiency.png.
 """
 
 from dataclasses import dataclass
@@ -28,16 +28,13 @@ class Options:
 
 def passing(shares: list[float], means: list[float], level: float) -> float | None:
     """The smallest share from which on `means` stay at or above `level`, log-linear between the shares that were run."""
-    above = [mean >= level for mean in means]
-    if not above or not above[-1]:
+    below = [i for i, mean in enumerate(means) if mean < level]
+    if not means or below and below[-1] == len(means) - 1:
         return None
-    first = len(above) - 1
-    while first and above[first - 1]:
-        first -= 1
-    if not first:
+    if not below:
         return shares[0]
-    part = (level - means[first - 1]) / (means[first] - means[first - 1])
-    return float(np.exp(np.interp(part, [0, 1], np.log([shares[first - 1], shares[first]]))))
+    last = slice(below[-1], below[-1] + 2)
+    return float(np.exp(np.interp(level, means[last], np.log(shares[last]))))
 
 
 def main() -> None:
@@ -47,15 +44,16 @@ def main() -> None:
     for dataset in sorted(path.name for path in offline.RESULT.glob("*")):
         for method in METHODS:
             found = {f: offline.read(dataset, method, f) for f in FRACTIONS}
-            curves[dataset, method] = {
-                f: (np.mean([*v.values()]), np.std([*v.values()], ddof=len(v) > 1), len(v)) for f, v in found.items() if v
-            }
+            told = lambda values: (np.mean(values), np.std(values, ddof=len(values) > 1), len(values))
+            curves[dataset, method] = {f: told([*v.values()]) for f, v in found.items() if v}
     shown = [dataset for dataset in dict.fromkeys(key[0] for key in curves) if len(curves[dataset, "dom2"]) > 1]
-    print("| data set | method | " + " | ".join(f"{f:.0%}" for f in FRACTIONS) + " |\n|---|---|" + "---|" * len(FRACTIONS))
+    columns = ["data set", "method", *(f"{f:.0%}" for f in FRACTIONS)]
+    print(f"| {' | '.join(columns)} |\n|" + "---|" * len(columns))
     for dataset in shown:
         for method in METHODS:
-            cells = [curves[dataset, method].get(f) for f in FRACTIONS]
-            print(f"| {dataset} | {method} | " + " | ".join(f"{c[0]:.0f} ± {c[1]:.0f} ({c[2]})" if c else "" for c in cells) + " |")
+            found = [curves[dataset, method].get(f) for f in FRACTIONS]
+            cells = [f"{c[0]:.0f} ± {c[1]:.0f} ({c[2]})" if c else "" for c in found]
+            print(f"| {dataset} | {method} | {' | '.join(cells)} |")
         whole = curves[dataset, "deterministic"].get(1.0)
         if whole:
             own = curves[dataset, "dom2"]
@@ -80,7 +78,8 @@ def draw(curves: dict, shown: list[str]) -> None:
             axis.errorbar([100 * f for f in points], mean, std, color=f"C{k}", marker="o", capsize=3, label=method)
             if 1.0 in points:
                 axis.axhline(points[1.0][0], color=f"C{k}", lw=0.7, ls=":")
-        axis.set(xscale="log", xlabel="% of the episodes", ylabel="return (seeds: mean ± std)", title=dataset.removeprefix("omar_"))
+        axis.set(xscale="log", xlabel="% of the episodes", ylabel="return (seeds: mean ± std)")
+        axis.set_title(dataset.removeprefix("omar_"))
         axis.grid(alpha=0.3)
         axis.legend()
     figure.savefig(offline.RESULT.parent / "data_efficiency.png", dpi=110)
