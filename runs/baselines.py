@@ -4,8 +4,8 @@
     python runs/baselines.py --run-seed 1 --episodes 100      # how easy the start states are on which seed 1 evaluates
 
 The controller gives every agent one landmark, so that the summed distance is smallest, and steers it there with a PD
-law. It sees what the agents see, but decides for all of them together. Team return (mean over agents of mpe2's own reward,
-summed over 25 steps), mean ± std over episodes.
+law. It sees what the agents see, but decides for all of them together. Team return (mean over agents of mpe2's own
+reward, summed over 25 steps), mean ± std over episodes.
 """
 
 import itertools

@@ -27,7 +27,7 @@ class Options:
 
 
 def passing(shares: list[float], means: list[float], level: float) -> float | None:
-    """The smallest share from which on `means` stay at or above `level`, log-linear between the shares that were run."""
+    """The smallest share from which on `means` stay at or above `level`, log-linear between those that were run."""
     below = [i for i, mean in enumerate(means) if mean < level]
     if not means or below and below[-1] == len(means) - 1:
         return None

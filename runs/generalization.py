@@ -1,14 +1,15 @@
-"""Does it still work when the environment is not that of the data? The paper's 30 settings: 6 splits x (3 particle tasks +
-2 shifts of HalfCheetah).
+"""Does it still work where the environment is not that of the data? The paper's 30 settings: 6 splits x (3 particle
+tasks + 2 shifts of HalfCheetah).
 
     python runs/generalization.py                                     # table and picture of everything there is
     python runs/offline.py --datasets omar_simple_tag-medium ...      # makes more of it
 
-Nothing is trained for it: policies learn from the usual data (runs/offline.py) and are evaluated, without learning, where
-every agent has a pace of its own (particle tasks) or where the body is another one in every episode (HalfCheetah: random,
-extreme). A win is a difference of more than two standard errors, counted over the seeds of training; less is a tie. With
-three seeds each, two equal methods would be called different in 12 to 18 % of the settings. "Best of all" counts the
-highest mean, whatever the errors, as the paper does. Written: generalization.csv and .png in runs/results/.
+Nothing is trained for it: policies learn from the usual data (runs/offline.py) and are evaluated, without learning,
+where every agent has a pace of its own (particle tasks) or where the body is another one in every episode
+(HalfCheetah: random, extreme). A win is a difference of more than two standard errors, counted over the seeds of
+training; less is a tie. With three seeds each, two equal methods would be called different in 12 to 18 % of the
+settings. "Best of all" counts the highest mean, whatever the errors, as the paper does. Written: generalization.csv
+and .png in runs/results/.
 """
 
 import math

@@ -6,10 +6,10 @@
 
 Every run has the preset of its data set, but for what suits the baseline better (`baseline`). DOM2 makes the preset's
 number of updates; the others, whose updates are cheaper, make so many more (`COST`) that they take about as long: the
-table has the minutes of each. A run's last policy is then evaluated over 1000 episodes (50 of HalfCheetah) whose seed no
-run and no search used: fresh.csv in the run's folder, one row for the usual environment and one for each of its shifts.
-Everything is kept in runs/results/offline/<data set>/<method>[-<percent>]/, beside data.json, what the data earn; an
-interrupted run is gone on with.
+table has the minutes of each. A run's last policy is then evaluated over 1000 episodes (50 of HalfCheetah) whose seed
+no run and no search used: fresh.csv in the run's folder, one row for the usual environment and one for each of its
+shifts. Everything is kept in runs/results/offline/<data set>/<method>[-<percent>]/, beside data.json, what the data
+earn; an interrupted run is gone on with.
 """
 
 import concurrent.futures
@@ -39,7 +39,7 @@ METHODS = {"dom2": "", "cloning": "--q-weight 0", "deterministic": "--policy det
 # time to within a quarter or so: particle tasks, HalfCheetah.
 COST = {"dom2": {64: 24.0, 256: 62.1}, "cloning": {64: 6.9, 256: 6.9}, "deterministic": {64: 8.0, 256: 46.0}}
 COST_ROBOT = {"dom2": {64: 28.0, 256: 56.0}, "cloning": {64: 5.6, 256: 5.6}, "deterministic": {64: 7.0, 256: 37.3}}
-# The deterministic policies: their rate, where the search found no other, and where else the preset is not what suits them.
+# The deterministic policies: their rate, where the search found no other, and what else suits them other than presets.
 BASELINE_LR = 1e-3
 BASELINE = {
     "omar_simple_spread-random": dict(thresholds=8),
@@ -250,9 +250,8 @@ def show() -> None:
             if fraction == 1:
                 against.append((dataset.removeprefix("omar_").partition("-")[0], verdicts))
             said = ", ".join(verdict or "–" for verdict in verdicts)
-            print(
-                f"| {dataset.removeprefix('omar_')} | {fraction:.0%} | {data:.0f} | {cells} | {said} | {score} | {took} |"
-            )
+            start = f"| {dataset.removeprefix('omar_')} | {fraction:.0%} | {data:.0f}"
+            print(f"{start} | {cells} | {said} | {score} | {took} |")
     tasks = list(dict.fromkeys(task for task, _ in against))
     print("\nWith all data:\n\n| dom2 against | " + " | ".join(tasks) + " | all |\n|---|" + "---|" * (len(tasks) + 1))
     for k, method in enumerate(OTHERS):

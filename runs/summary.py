@@ -4,9 +4,9 @@
     python runs/summary.py runs/results/omad runs/results/omad_gaussian --picture compare.png
 
 A folder holds the runs of one variant, one per seed; there is a table, and a row of the picture, for each task. The
-table shows, over seeds (mean ± standard deviation): the final policy's return on start states it never saw (fresh.txt,
-made by `bash runs/simple_spread.sh fresh` or `bash runs/mamujoco.sh fresh`), the last and the best evaluation of the run
-itself, and the wall time and steps until its first evaluation at or above the task's threshold.
+table shows, over seeds (mean ± standard deviation): the final policy's return on start states it never saw
+(fresh.txt, made by `bash runs/simple_spread.sh fresh` or `bash runs/mamujoco.sh fresh`), the last and the best
+evaluation of the run itself, and the wall time and steps until its first evaluation at or above the task's threshold.
 """
 
 import csv
