@@ -91,14 +91,12 @@ def count_operations(function: Callable[[], object]) -> int:
 
 
 class Step(NamedTuple):
-    """Something to time."""
-
     run: Callable[[], object]
     traffic: float  # compulsory bytes
     count: int = 1  # how many times `run` does it
 
 
-Steps = dict[str, Step]
+Steps = dict[str, Step]  # by what they do
 COLUMNS = ("label", "what", "version", "operations", "ms", "per_s", "ratio", "share", "gflop", "mb", "gib")
 
 
@@ -140,10 +138,9 @@ class Bench:
         torch.compiler.reset()
         built, gib = {}, {}
         for version, build in builds.items():
-            if self.cuda:
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
-            held, built[version] = torch.cuda.memory_reserved() if self.cuda else 0, build()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats() if self.cuda else None
+            held, built[version] = torch.cuda.memory_reserved(), build()
             for step in [*built[version].values()] * 5:  # a graph is captured in the fourth call
                 step.run()
             gib[version] = (torch.cuda.max_memory_reserved() - held) / 2**30 if self.cuda else None
@@ -155,17 +152,18 @@ class Bench:
                     with FlopCounterMode(display=False) as counter:
                         run()
                     flops = counter.get_total_flops() / count
+                row = dict(
+                    operations=count_operations(run) / count if version != "compiled" else None, gib=gib[version]
+                )
+                row |= dict(ratio=statistics.median(a / b for a, b in zip(next(iter(times.values())), times[version])))
                 seconds = statistics.median(times[version]) / count
-                ratio = statistics.median(a / b for a, b in zip(next(iter(times.values())), times[version]))
-                row = dict(ms=1e3 * seconds, per_s=1 / seconds, ratio=ratio, mb=traffic / 1e6, gib=gib[version])
-                if version != "compiled":
-                    row["operations"] = count_operations(run) / count
                 if flops is not None:
                     floor = max(flops / self.rates[0], traffic / self.rates[1])
-                    row |= dict(gflop=flops / 1e9, share=floor / seconds)
-                self.tell(label, what, version, **row)
+                    row |= dict(gflop=flops / 1e9, mb=traffic / 1e6, share=floor / seconds)
+                self.tell(label, what, version, seconds, **row)
 
-    def tell(self, label: str, what: str, version: str, **numbers: float | None) -> None:
+    def tell(self, label: str, what: str, version: str, seconds: float, **numbers: float | None) -> None:
+        numbers |= dict(ms=1e3 * seconds, per_s=1 / seconds)
         cells = ["" if numbers.get(name) is None else f"{numbers[name]:.4g}" for name in COLUMNS[3:]]
         self.rows.append([label, what, version, *cells])
         print(f"{f'{label}: {what}, {version}':60s}" + "".join(f"{cell:>11s}" for cell in cells), flush=True)
@@ -213,22 +211,20 @@ def dom2_steps(env, args: dom2.Args, device: torch.device) -> Steps:
     return {"update": update, **acting(dom2, args, env, agent.slow_policy)}
 
 
-PROGRAMS = {  # what makes their steps, what is chosen, what their K is called, and their networks, the cheapest first
-    "omad": (omad, omad_steps, "env_id", "denoising_steps", {"gaussian": dict(policy="gaussian"), "diffusion": {}}),
-    "dom2": (dom2, dom2_steps, "dataset", "solver_steps", {
-        "deterministic": dict(policy="deterministic"), "mlp": dict(network="mlp"), "unet": {},
-    }),
-}  # fmt: skip
+ONLINE = {"gaussian": dict(policy="gaussian"), "diffusion": {}}
+OFFLINE = {"deterministic": dict(policy="deterministic"), "mlp": dict(network="mlp"), "unet": {}}
+PROGRAMS = {  # what makes their steps, how a task is chosen, what K is called, and their networks, the cheapest first
+    "omad": (omad, omad_steps, "env_id", "denoising_steps", ONLINE),
+    "dom2": (dom2, dom2_steps, "dataset", "solver_steps", OFFLINE),
+}
 
 
 def measure(bench: Bench, options: Options, program: str) -> None:
     """The tables of one program."""
     module, steps, chosen, length, kinds = PROGRAMS[program]
     task, device, modes = getattr(options, chosen), bench.device, {"eager": dict(cuda_graph=False)}
-    if bench.cuda:
-        modes |= {"graph": dict(cuda_graph=True), "graph, compiled": dict(cuda_graph=True, compile=True)}
-    elif options.compile:
-        modes |= {"compiled": dict(compile=True)}
+    on_gpu = {"graph": dict(cuda_graph=True), "graph, compiled": dict(cuda_graph=True, compile=True)}
+    modes |= on_gpu if bench.cuda else {"compiled": dict(compile=True)} if options.compile else {}
     args = module.preset(task)
     env = make_env(task if program == "omad" else find_env_id(task), args.observation)
     if "update" in options.tables:
@@ -250,9 +246,8 @@ def measure(bench: Bench, options: Options, program: str) -> None:
         flags += " --learning-starts 1000 --total-timesteps" if program == "omad" else " --total-updates"
         flags += f" {2 * options.end_to_end} --eval-every {options.end_to_end} --eval-episodes 1"
         times = {mode: end_to_end(program, mode, flags) for mode in modes}
-        for mode, took in times.items():
-            rates = dict(ms=1e3 * took, per_s=1 / took, ratio=times["eager"] / took)
-            bench.tell(f"{program} {task}", "end to end", mode, **rates)
+        for mode, seconds in times.items():
+            bench.tell(f"{program} {task}", "end to end", mode, seconds, ratio=times["eager"] / seconds)
 
 
 def team(n: int) -> SimpleNamespace:
