@@ -10,10 +10,9 @@ losses, optimisers. Columns of the output:
     operations   that torch dispatches, without views: exact on any machine, and what a small network's time is made of
     ms, per_s    the median over the turns
     ratio        time of the first version / time of this one, median over the turns: holds on a noisy machine
-    share        floor / time. The floor is the time of the matrix products at the rate of one large product, or of the
-                 compulsory memory traffic at the rate of one large copy, whichever is longer; both are measured here.
-                 Compulsory are one reading of every weight, the traffic of Adam (weight, gradient and two moments, read
-                 and written), that of averaged weights, and the rows of the batch
+    share        floor / time. The floor is the time of the matrix products at the rate of one large product or of the
+                 compulsory traffic at that of one large copy, measured here, whichever is longer. Compulsory: to read
+                 every weight, to read and write what Adam and averages keep, and the rows of the batch
     gib          of GPU memory that this version took
 """
 
@@ -50,11 +49,8 @@ class Options:
     """Speed of the updates and decisions of OMAD and of DOM2."""
 
     programs: tuple[Literal["omad", "dom2"], ...] = ("omad", "dom2")  # which
-    tables: tuple[Literal["update", "acting", "growth"], ...] = (
-        "update",
-        "acting",
-        "growth",
-    )  # growth: with the agents
+    # acting: by K; growth: with the number of agents
+    tables: tuple[Literal["update", "acting", "growth"], ...] = ("update", "acting", "growth")
     env_id: str = "mpe_simple_spread"  # OMAD's task, at its preset
     dataset: str = "omar_simple_spread-medium"  # whose preset and sizes DOM2 has; the data themselves are random
     end_to_end: int = 0  # environment steps (updates of DOM2) of real training, per version, to time too; at least 2000
@@ -62,7 +58,7 @@ class Options:
     steps: tuple[int, ...] = (1, 2, 4, 8)  # K, in acting
     compile: bool = False  # also time compiled networks on a CPU; on a GPU they always are
     turns: int = 9  # timings of each version
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # where
+    device: str = "auto"  # auto, cpu or cuda
     torch_threads: int = 1  # CPU threads
     output: str = ""  # CSV file
 
@@ -97,6 +93,7 @@ class Step(NamedTuple):
 
 
 Steps = dict[str, Step]  # by what they do
+weights = lambda *modules: sum(p.numel() for module in modules for p in module.parameters())
 COLUMNS = ("label", "what", "version", "operations", "ms", "per_s", "ratio", "share", "gflop", "mb", "gib")
 
 
@@ -152,11 +149,10 @@ class Bench:
                     with FlopCounterMode(display=False) as counter:
                         run()
                     flops = counter.get_total_flops() / count
-                row = dict(
-                    operations=count_operations(run) / count if version != "compiled" else None, gib=gib[version]
-                )
-                row |= dict(ratio=statistics.median(a / b for a, b in zip(next(iter(times.values())), times[version])))
+                operations = count_operations(run) / count if version != "compiled" else None
+                ratio = statistics.median(a / b for a, b in zip(next(iter(times.values())), times[version]))
                 seconds = statistics.median(times[version]) / count
+                row = dict(operations=operations, ratio=ratio, gib=gib[version])
                 if flops is not None:
                     floor = max(flops / self.rates[0], traffic / self.rates[1])
                     row |= dict(gflop=flops / 1e9, mb=traffic / 1e6, share=floor / seconds)
@@ -167,10 +163,6 @@ class Bench:
         cells = ["" if numbers.get(name) is None else f"{numbers[name]:.4g}" for name in COLUMNS[3:]]
         self.rows.append([label, what, version, *cells])
         print(f"{f'{label}: {what}, {version}':60s}" + "".join(f"{cell:>11s}" for cell in cells), flush=True)
-
-
-def weights(*modules: torch.nn.Module) -> int:
-    return sum(p.numel() for module in modules for p in module.parameters())
 
 
 def acting(module, args, env, policy: torch.nn.Module) -> Steps:
@@ -233,11 +225,12 @@ def measure(bench: Bench, options: Options, program: str) -> None:
             bench.compare(f"{program} {task} {kind}", builds)
     for mode in ("eager", "graph")[: 1 + bench.cuda]:
         if "acting" in options.tables:
-            policies = dict([*kinds.items()][:1]) | {f"K = {k}": {length: k} for k in options.steps}
-            policies = {name: replace(args, **own, **modes[mode]) for name, own in policies.items()}
-            new = lambda args: module.POLICIES[args.policy](env.obs_sizes, env.action_sizes, args).to(device)
-            builds = {f"{mode}, {name}": lambda x=x: acting(module, x, env, new(x)) for name, x in policies.items()}
-            bench.compare(f"{program} {task}", builds)
+            own = dict([*kinds.items()][:1]) | {f"K = {k}": {length: k} for k in options.steps}
+            own = {f"{mode}, {name}": replace(args, **changes, **modes[mode]) for name, changes in own.items()}
+            policy = lambda args: module.POLICIES[args.policy](env.obs_sizes, env.action_sizes, args).to(device)
+            bench.compare(
+                f"{program} {task}", {name: lambda x=x: acting(module, x, env, policy(x)) for name, x in own.items()}
+            )
         if "growth" in options.tables:
             build = partial(steps, args=replace(args, **modes[mode]), device=device)
             bench.compare(f"{program} growth", {f"{mode}, N = {n}": partial(build, team(n)) for n in options.agents})
@@ -273,8 +266,7 @@ def main(argv: list[str] | None = None) -> None:
     for program in options.programs:
         measure(bench, options, program)
     if options.output:
-        with open(options.output, "w", newline="") as file:
-            csv.writer(file).writerows([COLUMNS, *bench.rows])
+        np.savetxt(options.output, [COLUMNS, *bench.rows], "%s", ",")
 
 
 if __name__ == "__main__":
