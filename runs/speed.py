@@ -92,7 +92,7 @@ class Step(NamedTuple):
     count: int = 1  # how many times `run` does it
 
 
-Steps = dict[str, Step]  # by what they do
+Steps = dict[str, Step]
 weights = lambda *modules: sum(p.numel() for module in modules for p in module.parameters())
 COLUMNS = ("label", "what", "version", "operations", "ms", "per_s", "ratio", "share", "gflop", "mb", "gib")
 
@@ -125,9 +125,8 @@ class Bench:
             return (time.perf_counter() - start) / repeats
 
         repeats = {name: max(1, min(100, round(0.05 / clock(function, 1)))) for name, function in versions.items()}
-        turns = [
-            {name: clock(function, repeats[name]) for name, function in versions.items()} for _ in range(self.turns)
-        ]
+        turn = lambda: {name: clock(function, repeats[name]) for name, function in versions.items()}
+        turns = [turn() for _ in range(self.turns)]
         return {name: [turn[name] for turn in turns] for name in versions}
 
     def compare(self, label: str, builds: dict[str, Callable[[], Steps]]) -> None:
@@ -215,7 +214,7 @@ def measure(bench: Bench, options: Options, program: str) -> None:
     """The tables of one program."""
     module, steps, chosen, length, kinds = PROGRAMS[program]
     task, device, modes = getattr(options, chosen), bench.device, {"eager": dict(cuda_graph=False)}
-    on_gpu = {"graph": dict(cuda_graph=True), "graph, compiled": dict(cuda_graph=True, compile=True)}
+    on_gpu = {"graph": dict(cuda_graph=True), "graph+compiled": dict(cuda_graph=True, compile=True)}
     modes |= on_gpu if bench.cuda else {"compiled": dict(compile=True)} if options.compile else {}
     args = module.preset(task)
     env = make_env(task if program == "omad" else find_env_id(task), args.observation)
@@ -226,14 +225,13 @@ def measure(bench: Bench, options: Options, program: str) -> None:
     for mode in ("eager", "graph")[: 1 + bench.cuda]:
         if "acting" in options.tables:
             own = dict([*kinds.items()][:1]) | {f"K = {k}": {length: k} for k in options.steps}
-            own = {f"{mode}, {name}": replace(args, **changes, **modes[mode]) for name, changes in own.items()}
+            own = {f"{mode} {name}": replace(args, **changes, **modes[mode]) for name, changes in own.items()}
             policy = lambda args: module.POLICIES[args.policy](env.obs_sizes, env.action_sizes, args).to(device)
-            bench.compare(
-                f"{program} {task}", {name: lambda x=x: acting(module, x, env, policy(x)) for name, x in own.items()}
-            )
+            build = lambda args: acting(module, args, env, policy(args))
+            bench.compare(f"{program} {task}", {name: partial(build, new) for name, new in own.items()})
         if "growth" in options.tables:
             build = partial(steps, args=replace(args, **modes[mode]), device=device)
-            bench.compare(f"{program} growth", {f"{mode}, N = {n}": partial(build, team(n)) for n in options.agents})
+            bench.compare(f"{program} growth", {f"{mode} N = {n}": partial(build, team(n)) for n in options.agents})
     if options.end_to_end:
         flags = f"--{chosen.replace('_', '-')} {task} --device {options.device} --torch-threads {options.torch_threads}"
         flags += " --learning-starts 1000 --total-timesteps" if program == "omad" else " --total-updates"
