@@ -26,6 +26,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 import tyro
+from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -141,14 +142,8 @@ def script_returns(best: int, shift: str, alone: bool = False) -> np.ndarray:
 
 def draw(first: dict[str, Callable]) -> None:
     """Paths of 40 episodes from one start that is not in the data; usual above, shifted below."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    size = dict(figsize=(3.2 * (1 + len(first)), 6.6), layout="constrained")
-    figure, axes = plt.subplots(2, 1 + len(first), squeeze=False, **size)
-    for row, shift in zip(axes, ("", "fewer")):
+    figure = Figure(figsize=(3.2 * (1 + len(first)), 6.6), layout="constrained")
+    for row, shift in zip(figure.subplots(2, 1 + len(first), squeeze=False), ("", "fewer")):
         envs = make_vec(TASK, 40, shift=shift)
         for axis, (name, act) in zip(row, [("data", None), *first.items()]):
             obs, _ = envs.reset(seed=[offline.FRESH + 5000] * 40)

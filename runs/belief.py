@@ -93,7 +93,7 @@ def main() -> None:
     rows = list(csv.DictReader(RESULT.open())) if RESULT.exists() else []
     for dataset in options.datasets:
         found = [(m, s, offline.find_run(dataset, m, 1.0, s)) for m in options.methods for s in options.seeds]
-        found = [(method, seed, run) for method, seed, run in found if run and (run / "checkpoint.pt").exists()]
+        found = [known for known in found if known[2] and (known[2] / "checkpoint.pt").exists()]
         if not found:
             print(f"{dataset}: no finished run with its checkpoint.pt; runs/offline.py makes some")
             continue
@@ -103,9 +103,9 @@ def main() -> None:
             key = dict(dataset=dataset, method=method, seed=str(seed))
             rows = [row for row in rows if not key.items() <= row.items()] + [key | look(run, data)]
             offline.write_rows(RESULT, rows)
-    for row in rows:
-        head = f"| {' | '.join(row)} |\n|{'---|' * len(row)}\n" if row is rows[0] else ""
-        print(f"{head}| {' | '.join(map(str, row.values()))} |")
+    for i, row in enumerate(rows):
+        offline.head(*row) if not i else None
+        offline.line(*row.values())
 
 
 if __name__ == "__main__":

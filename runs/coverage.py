@@ -16,12 +16,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import tyro
+from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -58,8 +55,8 @@ def draw(path: Path, panels: list[tuple[str, np.ndarray, np.ndarray]], bin_size:
     width, height = high - low
     columns, (w, h) = (1, (9, 1.2 + 8 * height / width)) if width > 2 * height else (min(len(panels), 4), (4.4, 4.6))
     rows = -(-len(panels) // columns)
-    size = dict(figsize=(w * columns, h * rows), layout="constrained")
-    figure, axes = plt.subplots(rows, columns, squeeze=False, **size)
+    figure = Figure(figsize=(w * columns, h * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat[len(panels) :]:
         axis.remove()
     most = max(np.log10(counts.max()) for _, _, counts in panels)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import offline
 import tyro
+from matplotlib.figure import Figure
 
 FRACTIONS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 METHODS = ("dom2", "deterministic")
@@ -47,13 +48,11 @@ def main() -> None:
             told = lambda values: (np.mean(values), np.std(values, ddof=len(values) > 1), len(values))
             curves[dataset, method] = {f: told([*v.values()]) for f, v in found.items() if v}
     shown = [dataset for dataset in dict.fromkeys(key[0] for key in curves) if len(curves[dataset, "dom2"]) > 1]
-    columns = ["data set", "method", *(f"{f:.0%}" for f in FRACTIONS)]
-    print(f"| {' | '.join(columns)} |\n|" + "---|" * len(columns))
+    offline.head("data set", "method", *(f"{f:.0%}" for f in FRACTIONS))
     for dataset in shown:
         for method in METHODS:
             found = [curves[dataset, method].get(f) for f in FRACTIONS]
-            cells = [f"{c[0]:.0f} ± {c[1]:.0f} ({c[2]})" if c else "" for c in found]
-            print(f"| {dataset} | {method} | {' | '.join(cells)} |")
+            offline.line(dataset, method, *(f"{c[0]:.0f} ± {c[1]:.0f} ({c[2]})" if c else "" for c in found))
         whole = curves[dataset, "deterministic"].get(1.0)
         if whole:
             own = curves[dataset, "dom2"]
@@ -65,13 +64,8 @@ def main() -> None:
 
 
 def draw(curves: dict, shown: list[str]) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(shown), figsize=(4.2 * len(shown), 3.2), layout="constrained", squeeze=False)
-    for axis, dataset in zip(axes[0], shown):
+    figure = Figure(figsize=(4.2 * len(shown), 3.2), layout="constrained")
+    for axis, dataset in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown):
         for k, method in enumerate(METHODS):
             points = curves[dataset, method]
             mean, std = (np.array([value[i] for value in points.values()]) for i in (0, 1))

@@ -16,6 +16,7 @@ import math
 
 import numpy as np
 import offline
+from matplotlib.figure import Figure
 
 SETTINGS = [
     *((f"omar_simple_{task}-{split}", "speed") for task in ("spread", "tag", "world") for split in offline.SPLITS),
@@ -25,15 +26,13 @@ SETTINGS = [
 
 def main() -> None:
     rows, against, best = [], [], []
-    columns = ["setting", *offline.METHODS, *(f"against {other}" for other in offline.OTHERS)]
-    print(f"| {' | '.join(columns)} |\n|" + "---|" * len(columns))
+    offline.head("setting", *offline.METHODS, *(f"against {other}" for other in offline.OTHERS))
     for dataset, shift in SETTINGS:
         found = {method: offline.read(dataset, method, 1.0, shift) for method in offline.METHODS}
         if not any(found.values()):
             continue
         verdicts = [offline.compare(found["dom2"], found[other]) for other in offline.OTHERS]
-        cells = [f"{dataset.removeprefix('omar_')}, {shift}", *map(offline.cell, found.values()), *verdicts]
-        print(f"| {' | '.join(cells)} |")
+        offline.line(f"{dataset.removeprefix('omar_')}, {shift}", *map(offline.cell, found.values()), *verdicts)
         for method, values in found.items():
             rows += [
                 dict(dataset=dataset, shift=shift, method=method, seed=s, return_mean=x) for s, x in values.items()
@@ -53,15 +52,10 @@ def main() -> None:
 
 def draw(rows: list[dict]) -> None:
     """A panel for each task and shift: returns by split, usual environment (open) and shifted (full)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     tasks = list(dict.fromkeys((row["dataset"].partition("-")[0], row["shift"]) for row in rows))
     columns, lines = min(3, len(tasks)), math.ceil(len(tasks) / 3)
-    size = dict(figsize=(4.2 * columns, 3.4 * lines), layout="constrained")
-    figure, axes = plt.subplots(lines, columns, squeeze=False, **size)
+    figure = Figure(figsize=(4.2 * columns, 3.4 * lines), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False)
     for axis in axes.flat[len(tasks) :]:
         axis.set_axis_off()
     for axis, (task, shift) in zip(axes.flat, tasks):

@@ -165,12 +165,19 @@ def read(dataset: str, method: str, fraction: float, shift: str = "usual") -> di
 
 
 def read_folder(place: Path, shift: str) -> dict[int, float]:
-    rows = [
-        (path.parent.name.split("__")[2], row)
-        for path in sorted(place.glob("*__dom2__*/fresh.csv"))
-        for row in csv.DictReader(path.open())
-    ]
-    return {int(seed): float(row["return_mean"]) for seed, row in rows if row["shift"] == shift}
+    found = {int(path.parent.name.split("__")[2]): path for path in sorted(place.glob("*__dom2__*/fresh.csv"))}
+    rows = [(seed, row) for seed, path in found.items() for row in csv.DictReader(path.open())]
+    return {seed: float(row["return_mean"]) for seed, row in rows if row["shift"] == shift}
+
+
+def line(*cells: object) -> None:
+    """Of a table in Markdown."""
+    print(f"| {' | '.join(map(str, cells))} |")
+
+
+def head(*names: str) -> None:
+    line(*names)
+    print("|" + "---|" * len(names))
 
 
 def cell(values: dict[int, float]) -> str:
@@ -182,9 +189,8 @@ def minutes(dataset: str, method: str, fraction: float) -> str:
     """Mean wall time of the finished runs, and their updates."""
     finished = [path.with_name("eval.csv") for path in folder(dataset, method, fraction).glob("*/fresh.csv")]
     ends = [list(csv.DictReader(path.open()))[-1] for path in finished]
-    return (
-        f"{np.mean([float(end['wall_time_s']) for end in ends]) / 60:.1f} min, {int(ends[0]['step']):,}" if ends else ""
-    )
+    seconds = [float(end["wall_time_s"]) for end in ends]
+    return f"{np.mean(seconds) / 60:.1f} min, {int(ends[0]['step']):,}" if ends else ""
 
 
 def note_data(dataset: str, returns: np.ndarray) -> None:
@@ -221,42 +227,35 @@ def compare(ours: dict[int, float], theirs: dict[int, float]) -> str:
 
 def tally(verdicts: list[str]) -> str:
     """How many of each there are."""
-    plural = lambda word: word + ("es" if word == "loss" else "s") * (verdicts.count(word) > 1)
-    return (
-        ", ".join(f"{verdicts.count(word)} {plural(word)}" for word in ("win", "tie", "loss") if word in verdicts)
-        or "none"
-    )
+    counts = {word: verdicts.count(word) for word in ("win", "tie", "loss")}
+    plural = lambda word: word + ("es" if word == "loss" else "s") * (counts[word] > 1)
+    return ", ".join(f"{count} {plural(word)}" for word, count in counts.items() if count) or "none"
 
 
 def show() -> None:
     """Fresh returns of everything there is: mean ± standard deviation over seeds (number of seeds); how DOM2 fares
     against the other two; and how often it does so with all data."""
-    columns = ["data set", "share", "data", *METHODS, "against these two", "normalised", "time and updates of each"]
-    print(f"| {' | '.join(columns)} |\n|" + "---|" * len(columns))
-    against = []
-    order = [f"{env_id}-{split}" for env_id in SCORES for split in SPLITS]
-    for dataset in sorted(
-        (path.name for path in RESULT.glob("*")), key=lambda name: ([*order, name].index(name), name)
-    ):
+    head("data set", "share", "data", *METHODS, "against these two", "normalised", "time and updates of each")
+    against, order = [], [f"{env_id}-{split}" for env_id in SCORES for split in SPLITS]
+    place = lambda name: ([*order, name].index(name), name)
+    for dataset in sorted((path.name for path in RESULT.glob("*")), key=place):
         fractions = {float(path.name.partition("-")[2] or 100) / 100 for path in (RESULT / dataset).glob("*/")}
         for fraction in sorted(fractions, reverse=True):
             found = {method: read(dataset, method, fraction) for method in METHODS}
-            data = data_return(dataset)
             env_id, own = dataset.partition("-")[0], list(found["dom2"].values())
             score = f"{normalize(env_id, np.mean(own)):.0f}" if own and env_id in SCORES else ""
             took = "; ".join(minutes(dataset, method, fraction) for method in METHODS)
-            cells = " | ".join(map(cell, found.values()))
             verdicts = [compare(found["dom2"], found[method]) for method in OTHERS]
             if fraction == 1:
                 against.append((dataset.removeprefix("omar_").partition("-")[0], verdicts))
             said = ", ".join(verdict or "–" for verdict in verdicts)
-            start = f"| {dataset.removeprefix('omar_')} | {fraction:.0%} | {data:.0f}"
-            print(f"{start} | {cells} | {said} | {score} | {took} |")
+            where = (dataset.removeprefix("omar_"), f"{fraction:.0%}", f"{data_return(dataset):.0f}")
+            line(*where, *map(cell, found.values()), said, score, took)
     tasks = list(dict.fromkeys(task for task, _ in against))
-    print("\nWith all data:\n\n| dom2 against | " + " | ".join(tasks) + " | all |\n|---|" + "---|" * (len(tasks) + 1))
+    print("\nWith all data:\n")
+    head("dom2 against", *tasks, "all")
     for k, method in enumerate(OTHERS):
-        parts = [tally([verdicts[k] for task, verdicts in against if one in ("", task)]) for one in (*tasks, "")]
-        print(f"| {method} | {' | '.join(parts)} |")
+        line(method, *(tally([verdicts[k] for task, verdicts in against if x in ("", task)]) for x in (*tasks, "")))
 
 
 def run(options: Options) -> None:

@@ -21,7 +21,7 @@ THIRDS = np.arange(3) * 2 * np.pi / 3
 
 
 def steer(obs: np.ndarray, landmarks: int, constants: np.ndarray | None) -> np.ndarray:
-    """obs [E, 3, O] -> forces [E, 3, 2] in [-1, 1]. Without constants: everybody straight at the prey, at full force."""
+    """obs [E, 3, O] -> forces [E, 3, 2] in [-1, 1]. Without constants: straight at the prey, at full force."""
     first = 4 + 2 * landmarks + 4  # behind two team mates
     prey, prey_velocity = obs[..., first : first + 2], obs[..., first + 2 : first + 4]
     if constants is None:

@@ -16,12 +16,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import tyro
+from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import omad
@@ -130,8 +127,8 @@ def main(argv: list[str] | None = None) -> None:
     for folder in folders:
         results = read(folder)
         tasks.setdefault(results[0].args["env_id"], {})[folder.name] = results
-    size = dict(figsize=(11, 4.2 * len(tasks)), layout="constrained")
-    figure, axes = plt.subplots(len(tasks), 2, sharey="row", squeeze=False, **size)
+    figure = Figure(figsize=(11, 4.2 * len(tasks)), layout="constrained")
+    axes = figure.subplots(len(tasks), 2, sharey="row", squeeze=False)
     for row, (env_id, variants) in zip(axes, tasks.items()):
         table(env_id, variants)
         draw(row, env_id, variants)

