@@ -92,7 +92,7 @@ def test_positions_take_the_memory_of_the_steps_taken():
 
 ROBOT = "mamujoco_swimmer_2x1"
 SWIM = f"--env-id {ROBOT} --total-timesteps 4000 --num-envs 2 --eval-every 2000 --eval-episodes 1 --device cpu"
-SWIM += " --learning-starts 1990 --updates-per-step 0.5 --policy-hidden 8 --critic-hidden 8 --batch-size 8 --n-atoms 5"
+SWIM += " --learning-starts 3950 --updates-per-step 0.5 --policy-hidden 8 --critic-hidden 8 --batch-size 8 --n-atoms 5"
 SWIM += " --denoising-steps 1"
 
 
