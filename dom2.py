@@ -221,8 +221,7 @@ class DiffusionPolicy(nn.Module):
 
     def noise(self, batch: int) -> Tensor:
         """Where one chain starts: [N, B, A] standard normal numbers. The solver itself is deterministic."""
-        n, _, a = self.action_mask.shape
-        return torch.randn(n, batch, a, device=self.action_mask.device)
+        return torch.randn(self.action_mask.expand(-1, batch, -1).shape, device=self.action_mask.device)
 
     def condition(self, obs: Tensor, t: Tensor) -> Tensor:
         """What the network is told at times t [K, B or 1]: obs [N, B, O] -> [N, K, B, C], once for a whole chain."""
@@ -230,8 +229,7 @@ class DiffusionPolicy(nn.Module):
         wave = torch.cat([angle.sin(), angle.cos()], -1).flatten(0, 1).expand(len(obs), -1, -1)  # [N, K * (B or 1), 32]
         time = self.join_time(F.silu(self.time(wave))).unflatten(1, (len(t), -1))  # [N, K, B or 1, joined]
         seen = self.join_obs(F.silu(self.obs2(F.silu(self.obs1(obs)))))  # [N, B, joined]
-        both = F.silu(seen[:, None] + time).flatten(1, 2)  # [N, K * B, joined]
-        return self.tell(both).unflatten(1, (len(t), -1))
+        return self.tell(F.silu(seen[:, None] + time).flatten(1, 2)).unflatten(1, (len(t), -1))
 
     def forward(self, obs: Tensor, noise: Tensor) -> Tensor:
         """obs [N, B, O], noise as above -> action [N, B, A] in [-1, 1]. A first-order step from s to t [DOM2 solver]:
@@ -275,8 +273,8 @@ class DeterministicPolicy(nn.Module):
 class Critic(nn.Module):
     """Twin critics of every agent: obs [N, B, O], action [N, M * B, A] -> [Q, N, M * B], for M actions per observation.
 
-    Q = shift + scale * network, in units of the data's rewards [deviation E7]: else it takes thousands of updates to climb
-    to values around 150, and the policies follow it meanwhile."""
+    Q = shift + scale * network, in units of the data's rewards [deviation E7]: else it takes thousands of updates to
+    climb to values around 150, and the policies follow it meanwhile."""
 
     def __init__(self, obs_sizes: list[int], action_sizes: list[int], args: Args):
         super().__init__()
@@ -312,8 +310,7 @@ class DOM2(nn.Module):
         self.slow_policy = copy.deepcopy(self.policy).requires_grad_(False)
         self.slow_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.q_rows, self.cql_rows = (max(1, round(share * args.batch_size)) for share in (args.q_rows, args.cql_rows))
-        # The rates are tensors, because a captured graph reads them from their place.
-        adam = partial(torch.optim.Adam, fused=True, capturable=device.type == "cuda")
+        adam = partial(torch.optim.Adam, fused=True, capturable=device.type == "cuda")  # rates: a graph reads tensors
         self.policy_adam = adam(self.policy.parameters(), torch.tensor(args.policy_lr, device=device))
         self.critic_adam = adam(self.critic.parameters(), torch.tensor(args.q_lr, device=device))
         self.adams = (self.policy_adam, self.critic_adam)
@@ -327,8 +324,8 @@ class DOM2(nn.Module):
             L = sum_q E[(Q_q(o, a) - y)^2] + zeta E[logsumexp_M Q_q(o, a~) - Q_q(o, a)]
             y = r + gamma (1 - terminated) min_q Q'_q(o', b'),   b' and Q' averaged; a truncated step is not terminated
 
-        a~ are M uniform actions [M, N, rows, A] on the first `rows` of the batch [deviation E3], with `cql_own` one of the
-        averaged policy too. Also returns how much Q varies over them [N]."""
+        a~ are M uniform actions [M, N, rows, A] on the first `rows` of the batch [deviation E3], with `cql_own` one of
+        the averaged policy too. Also returns how much Q varies over them [N]."""
         (m, n, rows, a), args = uniform.shape, self.args
         others = uniform.transpose(0, 1).reshape(n, m * rows, a)
         with torch.no_grad():
@@ -349,8 +346,8 @@ class DOM2(nn.Module):
     def imitation_loss(self, batch: Batch, t: Tensor, eps: Tensor) -> tuple[Tensor, Logs]:
         """L = E || alpha_t eps - sigma_t a - v_theta(alpha_t a + sigma_t eps, o, t) ||^2, over agents [DOM2 imitation].
 
-        t [1, B], eps [N, B, A]. It is the paper's || eps - eps_theta ||^2 over alpha_t^2 [deviation E6]: errors count alike
-        at all times, else they hardly do at those at which the action has to be inferred."""
+        t [1, B], eps [N, B, A]. It is the paper's || eps - eps_theta ||^2 over alpha_t^2 [deviation E6]: errors count
+        alike at all times, else they hardly do at those at which the action has to be inferred."""
         alpha, sigma = self.policy.scales(t[..., None])  # [1, B, 1]
         eps, action, condition = eps * self.policy.action_mask, batch["action"], self.policy.condition(batch["obs"], t)
         v = self.policy.network(alpha * action + sigma * eps, condition.squeeze(1)) * self.policy.action_mask
@@ -360,14 +357,13 @@ class DOM2(nn.Module):
     def value_loss(self, batch: Batch, noise: Tensor, spread: Tensor) -> tuple[Tensor, Logs]:
         """L = -eta E[min_q Q_q(o, b)] / scale, b from the policy by all solver steps, summed over agents [DOM2 value].
 
-        scale is E|Q(o, a)| in the paper; by default how much Q varies over actions [deviation E4], because where returns
-        are large and actions matter little every eta were too small."""
+        scale is E|Q(o, a)| in the paper; by default how much Q varies over actions [deviation E4], because where
+        returns are large and actions matter little every eta were too small."""
         obs = batch["obs"][:, : self.q_rows]
         action = self.policy(obs, noise)
         value, scale = self.critic(obs, action).amin(0), spread  # [N, rows], [N]
         if self.args.q_scale == "mean":
-            with torch.no_grad():
-                scale = self.critic(obs, batch["action"][:, : self.q_rows]).amin(0).abs().mean(-1)
+            scale = self.critic(obs, batch["action"][:, : self.q_rows]).amin(0).abs().mean(-1).detach()
         eta = 1.0 if self.args.policy == "deterministic" else self.args.q_weight  # there it would only change grad_clip
         loss = -(eta * value.mean(-1) / scale.clamp(min=1e-6)).sum()
         logs = {"losses/value": loss.detach(), "diag/policy_value": value.detach().mean()}
@@ -386,9 +382,8 @@ class DOM2(nn.Module):
 
     def update(self, batch: Batch, uniform: Tensor, next_noise: Tensor, t: Tensor, eps: Tensor, noise: Tensor) -> Logs:
         """One update of critics, if anybody asks them, policies and averages."""
-        diffusion = self.args.policy == "diffusion"
-        loss, logs = self.imitation_loss(batch, t, eps) if diffusion else (0.0, {})
-        if self.args.q_weight > 0 or not diffusion:  # imitation alone asks no critic, and trains none
+        loss, logs = self.imitation_loss(batch, t, eps) if self.args.policy == "diffusion" else (0.0, {})
+        if self.args.q_weight > 0:  # imitation alone asks no critic, and trains none
             critic_loss, critic_logs, spread = self.critic_loss(batch, uniform, next_noise)
             self.descend(self.critic_adam, critic_loss)
             value_loss, value_logs = self.value_loss(batch, noise, spread)
@@ -436,9 +431,9 @@ def graphed(function: Callable, enabled: bool) -> Callable:
 
 # 5. Data and training =================================================================================================
 def trajectory_weights(returns: np.ndarray, count: int, top: float) -> np.ndarray:
-    """1 + how many of `count` thresholds a trajectory's return reaches [K] [DOM2 reweighting]."""
-    thresholds = np.linspace(returns.mean(), max(np.quantile(returns, top), returns.mean()), count)
-    return 1 + (returns[:, None] >= thresholds).sum(1)
+    """1 + how many of `count` thresholds a trajectory's return reaches, for each agent [K, N] [DOM2 reweighting]."""
+    mean, high = returns.mean(0), np.quantile(returns, top, 0)
+    return 1 + (returns >= np.linspace(mean, np.maximum(mean, high), count)[:, None]).sum(0)
 
 
 class Data:
@@ -460,8 +455,7 @@ class Data:
             part.sub_(self.obs_mean).div_(self.obs_std)
         self.reward = self.table[..., 2 * o + a].T  # [N, T]
         returns = np.add.reduceat(np.asarray(data.rewards, np.float64), data.episodes[:, 0])  # [trajectories, N]
-        weighed = lambda own: trajectory_weights(own, args.thresholds * args.reweight, args.top_quantile)
-        weights = np.stack([weighed(own) for own in returns.T])  # [N, trajectories]
+        weights = trajectory_weights(returns, args.thresholds * args.reweight, args.top_quantile).T  # [N, trajectories]
         weights = np.repeat(weights, np.diff(data.episodes, axis=1)[:, 0], axis=1) * data.next_known  # [N, T]
         self.upto, self.agents = torch.from_numpy(weights.cumsum(1)).to(device), torch.arange(n, device=device)[:, None]
 
@@ -510,17 +504,26 @@ def make_act(policy: nn.Module, args: Args = Args()) -> Callable[[np.ndarray], n
 
 def train(args: Args) -> None:
     """The whole of training or, with `args.resume`, the rest of it."""
-    # Build.
-    begun = args.resume and (Path(args.resume, "checkpoint.pt").exists() or Path(args.resume, "eval.csv").exists())
-    new = dict(step=0, seconds=0.0, evaluations=[])  # or killed before it had saved
-    saved = load(Path(args.resume, "checkpoint.pt")) if begun else new
+    # Open.
     source = open_dataset(args.dataset, args.data_fraction, args.seed, args.env_id, args.data_seed)
-    env_id, device, task = source.env_id, pick_device(args.device), dict(observation=args.observation, prey=args.prey)
-    torch.manual_seed(args.seed)
+    env_id, task = source.env_id, dict(observation=args.observation, prey=args.prey)
     env, eval_envs = make_env(env_id, **task), make_vec(env_id, args.eval_episodes, **task)
     check_sizes(source, env)
-    if begun and saved["data"] != source.checksum:
-        raise BadInput(f"{args.resume}: trained on other data than --dataset {args.dataset} holds now")
+    name = "-".join(Path(args.dataset).resolve().parts[-3:]) if is_folder(args.dataset) else args.dataset
+    name = f"{name}__dom2__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() // 1000 % 10**6:06d}"
+    run = Path(args.resume or Path(args.run_dir, name))
+    run.mkdir(parents=True, exist_ok=bool(args.resume))
+    (lock := FileLock(run / ".lock")).acquire(timeout=0)  # keeps other processes out while it is there
+    begun = (run / "checkpoint.pt").exists() or (run / "eval.csv").exists()  # not if killed before it had saved
+    saved = load(run / "checkpoint.pt") if begun else dict(step=0, seconds=0.0, evaluations=[], data=source.checksum)
+    if saved["data"] != source.checksum:
+        raise BadInput(f"{run}: trained on other data than --dataset {args.dataset} holds now")
+    sizes = dict(env_id=env_id, obs_sizes=env.obs_sizes, action_sizes=env.action_sizes)
+    config = dict(format=FORMAT, args=vars(args) | {"resume": ""}) | sizes | versions()
+    write(run / "config.json", lambda path: path.write_text(json.dumps(config, indent=2)))
+    # Build.
+    device = pick_device(args.device)
+    torch.manual_seed(args.seed)
     agent, data = DOM2(env, args, device), Data(source, env, args, device)
     random = torch.cuda if device.type == "cuda" else torch
     data.set_units(agent, args.gamma)
@@ -534,18 +537,12 @@ def train(args: Args) -> None:
         agent.load_state_dict(saved["agent"])
         for adam, state in zip(agent.adams, saved["adams"]):
             adam.load_state_dict(adam.state_dict() | {"state": state})
-        random.set_rng_state(saved["random"])
-    name = "-".join(Path(args.dataset).resolve().parts[-3:]) if is_folder(args.dataset) else args.dataset
-    name = f"{name}__dom2__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() // 1000 % 10**6:06d}"
-    run, config = Path(args.resume or Path(args.run_dir, name)), {"args": vars(args) | {"resume": ""}, **versions()}
-    run.mkdir(parents=True, exist_ok=bool(args.resume))
-    (lock := FileLock(run / ".lock")).acquire(timeout=0)  # keeps other processes out while it is there
-    write(run / "config.json", lambda path: path.write_text(json.dumps(config, indent=2)))
-    count = sum(p.numel() for adam in agent.adams for p in adam.param_groups[0]["params"])
-    print(f"task      {env_id}: {find_task(env_id).description}; {count:,} parameters on {device}\ndata      {source}")
+        if len(saved["random"]) == len(random.get_rng_state()):  # not so if that was on another kind of device
+            random.set_rng_state(saved["random"])
+    print(f"task      {env_id}: {find_task(env_id).description}; on {device}\ndata      {source}")
     print(f"logs      {run.resolve()}    (watch: tensorboard --logdir {run.parent})", flush=True)
     writer, logs, started = SummaryWriter(str(run), purge_step=step + 1), {}, time.time() - seconds
-    bar = tqdm(total=args.total_updates, initial=step, unit=" updates", mininterval=1, file=sys.stdout)
+    bar = tqdm(total=args.total_updates, initial=step, unit=" updates", mininterval=2, file=sys.stdout)
     while True:
         # Evaluate and save: at the start, every `eval_every` updates and at the end. A resumed run begins here too.
         if step == bar.initial or step % args.eval_every == 0 or step >= args.total_updates:
@@ -558,8 +555,7 @@ def train(args: Args) -> None:
                 bar.write(f"eval at update {step:,}: return {mean:.2f} ± {std:.2f}, normalised {score:.1f}")
             if not all(value.isfinite().all() for value in agent.state_dict().values()):
                 raise FloatingPointError(f"update {step}: the networks have diverged")  # the last good checkpoint stays
-            sizes = dict(env_id=env_id, obs_sizes=env.obs_sizes, action_sizes=env.action_sizes)
-            policy = dict(format=FORMAT, args=vars(args), policy=slow.state_dict(), **sizes, **evaluations[-1])
+            policy = config | dict(policy=slow.state_dict()) | evaluations[-1]
             checkpoint = dict(
                 format=FORMAT, step=step, seconds=seconds, evaluations=evaluations, agent=agent.state_dict(),
                 adams=[adam.state_dict()["state"] for adam in agent.adams],
@@ -571,7 +567,6 @@ def train(args: Args) -> None:
             write(run / "eval.csv", lambda path: path.write_text("\n".join([*table, ""])))
             if step >= args.total_updates:
                 break
-
         # Learn.
         decay = (1 + math.cos(math.pi * step / args.total_updates)) / 2 if args.lr_decay else 1.0  # [deviation E5]
         for adam, rate in zip(agent.adams, (args.policy_lr, args.q_lr)):
@@ -582,7 +577,6 @@ def train(args: Args) -> None:
         if step % 100 == 0 or step >= args.total_updates:  # the scalars of the last update
             for name, value in (logs | {"charts/updates_per_second": step / (time.time() - started)}).items():
                 writer.add_scalar(name, float(value), step)
-
     bar.close(), writer.close()
     axis = Figure(layout="constrained").add_subplot(xlabel="updates", ylabel="team return (bars: std)")
     axis.errorbar(*([row[name] for row in evaluations] for name in ("step", "return_mean", "return_std")), marker=".")
@@ -601,14 +595,17 @@ WITH_EVALUATE = WITH_RESUME | set("evaluate seed eval_episodes solver_steps prey
 def write(path: Path, dump: Callable[[Path], object]) -> None:
     """Under another name, then renamed: an interruption or a full disk leaves the file from before."""
     unfinished = path.with_name(f"unfinished-{path.name}")
-    dump(unfinished)
+    try:
+        dump(unfinished)
+    except RuntimeError as error:  # torch.save's word for a full disk
+        raise OSError(f"{path} cannot be written, the file from before is kept: {error}") from error
     unfinished.replace(path)
 
 
 def load(path: Path) -> dict:
-    """A policy.pt or checkpoint.pt. Nothing in it is executed. Raises `BadInput`."""
+    """A policy.pt, checkpoint.pt or config.json. Nothing in it is executed. Raises `BadInput`."""
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = json.loads(path.read_text()) if path.suffix == ".json" else torch.load(path, "cpu", weights_only=True)
         assert saved["format"] == FORMAT, f"its format is {saved['format']}, not {FORMAT}"
         return saved
     except Exception as error:  # a damaged file can raise anything
@@ -626,14 +623,13 @@ def load_policy(path: str | Path, steps: int = 0) -> tuple[DiffusionPolicy | Det
 
 def parse(argv: list[str]) -> Args:
     """The command line, over the defaults of its task or over the arguments of the run or policy that it names."""
-    whole = lambda word: word[:1].isdigit() and "e" in word and "-" not in word
-    argv = [f"{float(word):.0f}" if whole(word) else word for word in argv]  # 1e6 is a number of steps
+    argv = [f"{float(x):.0f}" if x[:1].isdigit() and "e" in x and "-" not in x else x for x in argv]  # 1e6 is a number
     words = [part for word in argv for part in word.split("=", 1)]
     given = dict(zip((word.replace("_", "-") for word in words), words[1:]))
     if argv and not argv[0].startswith("-"):
         raise BadInput(f"{argv[0]!r} stands without its flag: --dataset {argv[0]}?")
     if run := given.get("--resume"):
-        default, free = Args(**json.loads(Path(run, "config.json").read_bytes())["args"]), WITH_RESUME
+        default, free = Args(**load(Path(run, "config.json"))["args"]), WITH_RESUME
     elif path := given.get("--evaluate"):
         default, free = Args(**load_policy(path)[1]["args"] | {"resume": "", "capture_video": False}), WITH_EVALUATE
     else:
@@ -641,7 +637,7 @@ def parse(argv: list[str]) -> Args:
     args = tyro.cli(Args, args=argv, default=default, prog="dom2.py")
     changed = [name for name, value in vars(default).items() if getattr(args, name) != value and name not in free]
     counts = "total_updates eval_every eval_episodes batch_size solver_steps policy_hidden critic_hidden cql_actions"
-    named, shares = not is_folder(args.dataset), (args.data_fraction, args.q_rows, args.cql_rows)
+    shares = (args.data_fraction, args.q_rows, args.cql_rows)
     for holds, rule in (
         (not changed, f"--{' --'.join(changed).replace('_', '-')} cannot be changed for what is there already"),
         (args.device != "cuda" or torch.cuda.is_available(), "--device cuda: torch finds no CUDA device here"),
@@ -651,7 +647,6 @@ def parse(argv: list[str]) -> Args:
         (0 < min(shares) <= max(shares) <= 1, "--data-fraction, --q-rows and --cql-rows must be above 0 and at most 1"),
         (args.policy == "diffusion" or args.q_weight, "--policy deterministic needs a --q-weight: it does not imitate"),
         (not args.shift or args.evaluate, "--shift goes with --evaluate: training is on data only"),
-        (named or not args.data_seed, "--data-seed goes with the name of a data set, not with a folder"),
     ):
         if not holds:
             raise BadInput(rule)
@@ -664,11 +659,10 @@ def main(argv: list[str] | None = None) -> int:
         args = parse(sys.argv[1:] if argv is None else argv)
         torch.set_num_threads(args.torch_threads or torch.get_num_threads())
         if args.evaluate:
-            (policy, saved), where = load_policy(args.evaluate, args.solver_steps), mix_seed(args.seed, 1)
-            act, env_id = make_act(policy.to(pick_device(args.device)), args), saved["env_id"]
-            task = dict(observation=args.observation, prey=args.prey, shift=args.shift)
-            videos = args.capture_video and Path(args.evaluate).parent / "videos"
-            demonstrate(act, env_id, args.eval_episodes, where, videos, **task)
+            policy, saved = load_policy(args.evaluate, args.solver_steps)
+            act, film = make_act(policy.to(pick_device(args.device)), args), args.evaluate * args.capture_video
+            task = dict(film=film, observation=args.observation, prey=args.prey, shift=args.shift)
+            demonstrate(act, saved["env_id"], args.eval_episodes, mix_seed(args.seed, 1), **task)
         else:
             train(args)
         return 0

@@ -66,7 +66,6 @@ class Args:
     evaluate: str = ""  # only evaluate the policy of the run in this directory, or a policy.pt
     list_tasks: bool = False  # print the tasks and their sizes, and stop
     capture_video: bool = False  # write a video of the final (or the evaluated) policy to a folder videos beside it
-    # --- off-policy learning ---
     learning_starts: int = 5_000  # environment steps with uniformly random actions before the first update
     buffer_size: int = 1_000_000  # transitions kept for replay
     batch_size: int = 256  # B, transitions per update
@@ -76,12 +75,10 @@ class Args:
     policy_lr: float = 3e-4  # learning rate of the policies
     q_lr: float = 3e-4  # learning rate of the critics
     adam_beta1: float = 0.5  # beta_1 of Adam, for policies and critics
-    # --- policies ---
     policy: Literal["diffusion", "gaussian"] = "diffusion"  # the method; or squashed Gaussians, all else equal
     denoising_steps: int = 8  # K, steps from noise to action
     policy_hidden: int = 256  # H, width of each agent's network
     policy_grad_clip: float = 1.0  # element-wise bound on the policies' gradients
-    # --- critic ---
     critic_hidden: int = 2048  # width of each critic
     n_atoms: int = 100  # Z, atoms of the return distribution
     v_min: float = -1000.0  # smallest representable return
@@ -91,7 +88,6 @@ class Args:
     bn_warmup: int = 100_000  # critic updates with plain batch normalisation before renormalisation sets in
     target_networks: bool = False  # slowly averaged target critics, instead of the joint forward pass without them
     tau: float = 0.005  # averaging rate of the target critics
-    # --- temperature ---
     alpha: float = 1.0  # start value of the temperature; its fixed value with --no-autotune
     autotune: bool = True  # tune the temperature automatically
     alpha_lr: float = 1e-3  # learning rate of log alpha
@@ -488,13 +484,22 @@ def make_act(policy: nn.Module, args: Args) -> Callable[[np.ndarray], np.ndarray
 
 def train(args: Args, envs: gym.vector.VectorEnv | None = None) -> None:
     """The whole of training or, with `args.resume`, the rest of it; in `envs`, if the caller wants to look on."""
-    # Build.
-    begun = args.resume and (Path(args.resume, "checkpoint.pt").exists() or Path(args.resume, "eval.csv").exists())
-    new = dict(step=0, updates=0, seconds=0.0, evaluations=[], positions=None)  # or killed before it had saved
-    saved = load(Path(args.resume, "checkpoint.pt")) if begun else new
-    device, task = pick_device(args.device), dict(observation=args.observation, prey=args.prey)
-    torch.manual_seed(args.seed)
+    # Open.
+    task = dict(observation=args.observation, prey=args.prey)
     env, eval_envs = make_env(args.env_id, **task), make_vec(args.env_id, args.eval_episodes, **task)
+    name = f"{args.env_id}__omad__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() // 1000 % 10**6:06d}"
+    run = Path(args.resume or Path(args.run_dir, name))
+    run.mkdir(parents=True, exist_ok=bool(args.resume))
+    (lock := FileLock(run / ".lock")).acquire(timeout=0)  # keeps other processes out while it is there
+    begun = (run / "checkpoint.pt").exists() or (run / "eval.csv").exists()  # not if killed before it had saved
+    new = dict(step=0, updates=0, seconds=0.0, evaluations=[], positions=None)
+    saved = load(run / "checkpoint.pt") if begun else new
+    sizes = dict(obs_sizes=env.obs_sizes, action_sizes=env.action_sizes)
+    config = dict(format=FORMAT, args=vars(args) | {"resume": ""}) | sizes | versions()
+    write(run / "config.json", lambda path: path.write_text(json.dumps(config, indent=2)))
+    # Build.
+    device = pick_device(args.device)
+    torch.manual_seed(args.seed)
     envs = RecordPositions(envs or make_vec(args.env_id, args.num_envs, **task), saved["positions"])
     agent, random = OMAD(env, args, device), torch.cuda if device.type == "cuda" else torch
     replay = Replay(env, min(args.buffer_size, args.total_timesteps + args.num_envs), device)
@@ -509,17 +514,13 @@ def train(args: Args, envs: gym.vector.VectorEnv | None = None) -> None:
             adam.load_state_dict(adam.state_dict() | {"state": state})
         replay.added, count = saved["added"], len(saved["replay"])
         replay.table[:count] = saved["replay"].to(device)
-        random.set_rng_state(saved["random"])
-    name = f"{args.env_id}__omad__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() // 1000 % 10**6:06d}"
-    run, config = Path(args.resume or Path(args.run_dir, name)), {"args": vars(args) | {"resume": ""}, **versions()}
-    run.mkdir(parents=True, exist_ok=bool(args.resume))
-    (lock := FileLock(run / ".lock")).acquire(timeout=0)  # keeps other processes out while it is there
-    write(run / "config.json", lambda path: path.write_text(json.dumps(config, indent=2)))
+        if len(saved["random"]) == len(random.get_rng_state()):  # not so if that was on another kind of device
+            random.set_rng_state(saved["random"])
     count = sum(p.numel() for p in agent.parameters())
     print(f"task      {args.env_id}: {find_task(args.env_id).description}; {count:,} parameters on {device}")
     print(f"logs      {run.resolve()}    (watch: tensorboard --logdir {run.parent})", flush=True)
     writer, logs, obs, started = SummaryWriter(str(run), purge_step=step + 1), {}, None, time.time() - seconds
-    bar = tqdm(total=args.total_timesteps, initial=step, unit=" steps", mininterval=1, file=sys.stdout)
+    bar = tqdm(total=args.total_timesteps, initial=step, unit=" steps", mininterval=2, file=sys.stdout)
     while True:
         # Evaluate and save: at the start, every `eval_every` steps and at the end. A resumed run begins here too.
         if obs is None or step % args.eval_every < args.num_envs or step >= args.total_timesteps:
@@ -532,8 +533,7 @@ def train(args: Args, envs: gym.vector.VectorEnv | None = None) -> None:
                 bar.write(f"eval at step {step:,}: return {mean:.2f} ± {std:.2f}")
             if not all(value.isfinite().all() for value in agent.state_dict().values()):
                 raise FloatingPointError(f"step {step}: the networks have diverged")  # the last good checkpoint stays
-            sizes = dict(obs_sizes=env.obs_sizes, action_sizes=env.action_sizes)
-            policy = dict(format=FORMAT, args=vars(args), policy=agent.policy.state_dict(), **sizes, **evaluations[-1])
+            policy = config | dict(policy=agent.policy.state_dict()) | evaluations[-1]
             checkpoint = dict(
                 format=FORMAT, step=step, updates=updates, seconds=seconds, evaluations=evaluations,
                 agent=agent.state_dict(), adams=[adam.state_dict()["state"] for adam in agent.adams],
@@ -550,7 +550,6 @@ def train(args: Args, envs: gym.vector.VectorEnv | None = None) -> None:
                 break
             obs, info = envs.reset(seed=mix_seed(args.seed, step))  # so that a resumed run is the same [deviation D4]
             state = info["state"]
-
         # Act.
         uniform = lambda: torch.rand(envs.action_space.shape, device=device).cpu().numpy() * 2 - 1
         action = act(obs) if step >= args.learning_starts else uniform()
@@ -572,11 +571,9 @@ def train(args: Args, envs: gym.vector.VectorEnv | None = None) -> None:
             state = np.where(done[:, None], info["state"], state)
         step += args.num_envs
         bar.update(args.num_envs)
-
         if step % 1000 < args.num_envs or step >= args.total_timesteps:  # the scalars of the last update
             for name, value in (logs | {"charts/steps_per_second": step / (time.time() - started)}).items():
                 writer.add_scalar(name, float(value), step)
-
     bar.close(), writer.close()
     axis = Figure(layout="constrained").add_subplot(xlabel="environment steps", ylabel="team return (bars: std)")
     axis.errorbar(*([row[name] for row in evaluations] for name in ("step", "return_mean", "return_std")), marker=".")
@@ -595,14 +592,17 @@ WITH_EVALUATE = WITH_RESUME | set("evaluate seed eval_episodes denoising_steps p
 def write(path: Path, dump: Callable[[Path], object]) -> None:
     """Under another name, then renamed: an interruption or a full disk leaves the file from before."""
     unfinished = path.with_name(f"unfinished-{path.name}")
-    dump(unfinished)
+    try:
+        dump(unfinished)
+    except RuntimeError as error:  # torch.save's word for a full disk
+        raise OSError(f"{path} cannot be written, the file from before is kept: {error}") from error
     unfinished.replace(path)
 
 
 def load(path: Path) -> dict:
-    """A policy.pt or checkpoint.pt. Nothing in it is executed. Raises `BadInput`."""
+    """A policy.pt, checkpoint.pt or config.json. Nothing in it is executed. Raises `BadInput`."""
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = json.loads(path.read_text()) if path.suffix == ".json" else torch.load(path, "cpu", weights_only=True)
         assert saved["format"] == FORMAT, f"its format is {saved['format']}, not {FORMAT}"
         return saved
     except Exception as error:  # a damaged file can raise anything
@@ -620,14 +620,13 @@ def load_policy(path: str | Path, steps: int = 0) -> tuple[DiffusionPolicy | Gau
 
 def parse(argv: list[str]) -> Args:
     """The command line, over the defaults of its task or over the arguments of the run or policy that it names."""
-    whole = lambda word: word[:1].isdigit() and "e" in word and "-" not in word
-    argv = [f"{float(word):.0f}" if whole(word) else word for word in argv]  # 1e6 is a number of steps
+    argv = [f"{float(x):.0f}" if x[:1].isdigit() and "e" in x and "-" not in x else x for x in argv]  # 1e6 is a number
     words = [part for word in argv for part in word.split("=", 1)]
     given = dict(zip((word.replace("_", "-") for word in words), words[1:]))
     if argv and not argv[0].startswith("-"):
         raise BadInput(f"{argv[0]!r} stands without its flag: --env-id {argv[0]}?")
     if run := given.get("--resume"):
-        default, free = Args(**json.loads(Path(run, "config.json").read_bytes())["args"]), WITH_RESUME
+        default, free = Args(**load(Path(run, "config.json"))["args"]), WITH_RESUME
     elif path := given.get("--evaluate"):
         default, free = Args(**load_policy(path)[1]["args"] | {"resume": "", "capture_video": False}), WITH_EVALUATE
     else:
@@ -662,10 +661,8 @@ def main(argv: list[str] | None = None) -> int:
             print(task_table())
         elif args.evaluate:
             act = make_act(load_policy(args.evaluate, args.denoising_steps)[0].to(pick_device(args.device)), args)
-            where, videos = mix_seed(args.seed, 1), args.capture_video and Path(args.evaluate).parent / "videos"
-            demonstrate(
-                act, args.env_id, args.eval_episodes, where, videos, observation=args.observation, prey=args.prey
-            )
+            task = dict(film=args.evaluate * args.capture_video, observation=args.observation, prey=args.prey)
+            demonstrate(act, args.env_id, args.eval_episodes, mix_seed(args.seed, 1), **task)
         else:
             train(args)
         return 0
