@@ -2,6 +2,8 @@
 
 import contextlib
 import csv
+import functools
+import inspect
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -25,6 +27,9 @@ import dom2
 import omad
 
 torch.set_num_threads(1)
+# tyro reads the programs' source text for its help in every call: half of all the time of the tests of command lines.
+_lines, _cached_lines = inspect.getsourcelines, functools.cache(inspect.getsourcelines)
+inspect.getsourcelines = lambda thing: _cached_lines(thing) if isinstance(thing, type) else _lines(thing)
 ROOT = Path(__file__).parent.parent
 
 # A run of a second that still does everything: 80 critic updates, 26 policy updates, 5 evaluations and checkpoints.

@@ -7,9 +7,9 @@ import itertools
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from functools import partial
@@ -54,7 +54,7 @@ def test_a_run_as_it_is_typed(program):
     """What a run prints and leaves behind."""
     run, out = program.whole, program.out
     assert "Traceback" not in out and "Warning" not in out
-    for word in ("task ", "parameters on cpu", f"tensorboard --logdir {run.parent.name}", "done in ", str(run)):
+    for word in ("task ", " on cpu", f"tensorboard --logdir {run.parent.name}", "done in ", str(run)):
         assert word in out
     steps = list(range(0, program.length + 1, program.every))
     assert [f"{step}: return" in out for step in steps] == [True] * 5
@@ -639,7 +639,11 @@ def test_an_interrupt_says_how_to_go_on(program, monkeypatch):
     assert program.call("--resume", run, run_dir=False)[0] == 0 and rows(run) == rows(program.whole)
 
 
-def test_an_exit_code_reaches_the_shell(tmp_path):
-    command = [sys.executable, str(ROOT / "dom2.py"), "--dataset", "nowhere/at/all"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2 and one_line(done.stderr, "dom2") and not done.stdout and not list(tmp_path.iterdir())
+@pytest.mark.parametrize("name, flag", [("omad", "--env-id"), ("dom2", "--dataset")])
+def test_an_exit_code_reaches_the_shell(name, flag, tmp_path, monkeypatch, capsys):
+    """That of a run as it is typed is 0, see `finished`."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", flag, "nowhere/at/all"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / f"{name}.py"), run_name="__main__")
+    assert stop.value.code == 2 and one_line(capsys.readouterr().err, name) and not list(tmp_path.iterdir())
