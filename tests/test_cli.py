@@ -502,7 +502,6 @@ BAD_INPUT = {
         (["--policy", "determinstic"], ["determinstic", "deterministic"]),
         (["--policy", "deterministic", "--q-weight", "0"], ["--policy deterministic", "--q-weight"]),
         (["--q-weight", "nan"], ["--q-weight"]),
-        (["--data-seed", "3"], ["--data-seed"]),
         (["--data-fraction", "0"], ["--data-fraction"]),
         (["--shift", "speed"], ["--shift", "--evaluate"]),
         (["--top-quantile", "2"], ["--top-quantile"]),
@@ -521,13 +520,6 @@ def test_bad_input_is_refused_and_nothing_is_written(program, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path / "here")
     assert refusal(program.call(*program.flags, *flags), *words)
     assert [path.name for path in tmp_path.rglob("*")] == ["here"]
-
-
-def test_a_data_set_by_name_has_its_own_task(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(dom2, "train", lambda args: pytest.fail(f"would train on {args.dataset} as {args.env_id}"))
-    call = caller(dom2.main, tmp_path, capsys)
-    assert refusal(call("--dataset", "omar_simple_spread-medium", "--env-id", "omar_simple_tag"), "--env-id")
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_words_that_are_not_numbers(program):
