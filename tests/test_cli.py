@@ -1,366 +1,247 @@
-"""The program as a user types it: runs, resume, evaluate, bad input."""
+"""Both programs as a user types them: runs, --resume, --evaluate, --help, bad input, and what goes wrong on the way."""
 
-import copy
 import csv
 import dataclasses
+import importlib.util
+import itertools
 import json
 import os
 import re
-import resource
+import runpy
+import shutil
 import signal
+import sys
 import time
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import common.envs
+import dom2
 import omad
-from common.envs import list_tasks
-from conftest import SHORT
+from common.datasets import FOLDERS, SPLITS
+from common.envs import list_tasks, versions
+from conftest import ROOT, caller, contents, equal, load, one_line, refusal, rows, wait
+
+AGENT = {"omad": omad.OMAD, "dom2": dom2.DOM2}
+OTHER = {"omad": "dom2", "dom2": "omad"}
+HEAD = {"omad": "step,wall_time_s,return_mean,return_std,episodes"}
+HEAD["dom2"] = HEAD["omad"] + ",normalized_score"
 
 
-def run_dirs(path):
-    return sorted(path.glob("*__omad__*"))
+def shown(run, table=None):
+    """How a program prints the last evaluation of a run."""
+    last = (table or rows(run))[-1]
+    return f"{float(last['return_mean']):.2f} ± {float(last['return_std']):.2f} over {last['episodes']} episodes"
 
 
-def rows(run_dir, wall_time=False):
-    table = list(csv.DictReader((run_dir / "eval.csv").open()))
-    return [{key: value for key, value in row.items() if wall_time or key != "wall_time_s"} for row in table]
-
-
-def weights(run_dir):
-    return torch.load(run_dir / "checkpoint.pt", weights_only=True)["agent"]
-
-
-def one_line(err):
-    lines = err.strip().splitlines()
-    return len(lines) == 1 and lines[0].startswith("omad.py: ") and len(lines[0]) < 400 and not re.search("[╭│]|helptext|\x1b", err)
+def films(monkeypatch, program):
+    """The folders into which videos would go from now on; none is made."""
+    folders = []
+    for module in (program.module, common.envs):
+        monkeypatch.setattr(module, "record_video", lambda act, env_id, folder, *_, **__: folders.append(Path(folder)))
+    return folders
 
 
 # --- a whole run ---
 
 
-def test_the_default_command_shortened(start, tmp_path):
-    """`python omad.py --env-id mpe_simple_spread`, with the numbers that make it short: everything a run leaves behind."""
-    process = start("--env-id", "mpe_simple_spread", *SHORT, "--run-dir", tmp_path)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    for word in ("task ", "sizes ", "device ", "parameters", "expected ", "logs ", "eval at step 400"):
+def test_a_run_as_it_is_typed(program):
+    """What a run prints and leaves behind."""
+    run, out = program.whole, program.out
+    assert "Traceback" not in out and "Warning" not in out
+    for word in ("task ", " on cpu", f"tensorboard --logdir {run.parent.name}", "done in ", str(run)):
         assert word in out
-    assert "Traceback" not in err and "Warning" not in err
-    (run,) = run_dirs(tmp_path)
-    assert re.fullmatch(r"mpe_simple_spread__omad__1__\d{8}-\d{6}", run.name)
-    assert {"config.json", "eval.csv", "checkpoint.pt", "curve.png"} <= {p.name for p in run.iterdir()}
-    assert not list(run.glob("*.tmp")) and list(run.glob("events.out.tfevents.*"))
-    assert (run / "curve.png").read_bytes().startswith(b"\x89PNG")
+    steps = list(range(0, program.length + 1, program.every))
+    assert [f"{step}: return" in out for step in steps] == [True] * 5
+    assert re.fullmatch(rf".*__{program.name}__1__\d{{8}}-\d{{6}}-\d{{6}}", run.name)
+    files = {path.name for path in run.iterdir() if not path.name.startswith((".", "events.out.tfevents."))}
+    assert files == {"config.json", "eval.csv", "policy.pt", "checkpoint.pt", "curve.png"}
+    assert (run / "curve.png").read_bytes().startswith(b"\x89PNG") and list(run.glob("events.out.tfevents.*"))
     config = json.loads((run / "config.json").read_text())
     assert config["args"]["policy_hidden"] == 16 and config["packages"]["torch"] and config["git_revision"]
-    assert (run / "eval.csv").read_text().splitlines()[0] == "step,wall_time_s,return_mean,return_std,episodes"
-    table = rows(run, wall_time=True)
-    assert [row["step"] for row in table] == ["0", "100", "200", "300", "400"] and {row["episodes"] for row in table} == {"3"}
-    assert all(-200 < float(row["return_mean"]) < 0 for row in table)
-    saved = torch.load(run / "checkpoint.pt", weights_only=True)
-    assert saved["updates"] == 80 and saved["replay"]["added"] == 400
-    assert [saved["optimizers"][name]["state"][0]["step"].item() for name in ("critic", "policy", "alpha")] == [80, 26, 26]
+    assert set(config["args"]) == {field.name for field in dataclasses.fields(program.module.Args)}
+    assert (run / "eval.csv").read_text().splitlines()[0] == HEAD[program.name]
+    table = list(csv.DictReader((run / "eval.csv").open()))
+    assert [int(row["step"]) for row in table] == steps
+    assert len({row["return_mean"] for row in table}) == 5 and all(float(row["return_std"]) > 0 for row in table)
+    times = [float(row["wall_time_s"]) for row in table]
+    assert times == sorted(times) and 0 < times[-1] < 60
+    if program.name == "dom2":
+        score = 100 * (float(table[-1]["return_mean"]) - 159.8) / (516.8 - 159.8)
+        assert float(table[-1]["normalized_score"]) == pytest.approx(score)
 
 
-def test_every_scalar_is_in_the_glossary(cli, tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+def test_updates_are_as_many_as_asked_for(program):
+    """omad.py: one for every fourth step after the first 84, and the policies with every third."""
+    adams = load(program.whole / "checkpoint.pt")["adams"]
+    done = [next(iter(adam.get("state", adam).values()))["step"].item() for adam in adams]
+    assert sorted(done) == {"omad": [26, 26, 79], "dom2": [40, 40]}[program.name]
 
-    assert cli(*SHORT, "--target-networks")[0] == 0
-    events = EventAccumulator(str(run_dirs(tmp_path)[0])).Reload()
-    written = set(events.Tags()["scalars"]) | {"charts/steps_per_second"}  # written only by longer runs
-    assert {tag.split("/")[0] for tag in written} == {"charts", "losses", "diag", "eval"}
-    readme = (omad.Path(omad.__file__).parent / "README.md").read_text()
+
+def test_tensorboard_has_every_evaluation_and_the_glossary_every_scalar(program):
+    events = EventAccumulator(str(program.whole)).Reload()
+    written = set(events.Tags()["scalars"])
+    assert {tag.split("/")[0] for tag in written} == {"charts", "losses", "diag", "eval"} and len(written) >= 13
+    readme = (ROOT / "README.md").read_text()
     assert [tag for tag in sorted(written) if f"`{tag}`" not in readme] == []
+    for column in ("return_mean", "return_std", "normalized_score") if program.name == "dom2" else ("return_mean",):
+        curve = {event.step: event.value for event in events.Scalars(f"eval/{column}")}
+        want = {int(row["step"]): float(row[column]) for row in rows(program.whole)}
+        assert {step: curve.get(step) for step in want} == pytest.approx(want, rel=1e-5)
 
 
-def test_replay_holds_true_final_observations_and_no_terminations(cli, tmp_path):
-    assert cli(*SHORT, "--eval-every", "200")[0] == 0
-    data = torch.load(run_dirs(tmp_path)[0] / "checkpoint.pt", weights_only=True)["replay"]["data"]
-    assert not data["terminated"].any()  # this task only ever truncates
-    assert torch.equal(data["state"], data["obs"].flatten(1)) and torch.equal(data["next_state"], data["next_obs"].flatten(1))
-    follows = (data["next_obs"][:-4] == data["obs"][4:]).flatten(1).all(1)  # with 4 environments, row t + 4 comes after row t
-    breaks = (~follows).nonzero().flatten() // 4 + 1
-    assert set(breaks.tolist()) == {25, 50, 75}  # the episode's last row does not lead to the next episode's first
-    moved = data["next_obs"] - data["obs"]
-    np.testing.assert_allclose(moved[..., 2:4], 0.1 * data["obs"][..., :2], atol=1e-5)  # position after = position + 0.1 velocity
+def test_the_same_seed_is_the_same_run_and_another_seed_another(program):
+    assert program.call(*program.flags)[0] == 0 and program.call(*program.flags, "--seed", 2)[0] == 0
+    same, other = program.runs()
+    assert rows(same) == rows(program.whole) != rows(other)
+    (a, b, c) = (load(run / "checkpoint.pt") for run in (same, program.whole, other))
+    assert equal(a, b) and not equal(a["agent"], c["agent"])
 
 
-def test_same_seed_same_run_and_another_seed_another(cli, tmp_path):
-    for seed in (3, 3, 4):
-        assert cli(*SHORT, "--seed", seed)[0] == 0
-    one, two, other = run_dirs(tmp_path)
-    assert rows(one) == rows(two) != rows(other)
-    assert all(torch.equal(value, weights(two)[name]) for name, value in weights(one).items())
+def test_evaluation_does_not_disturb_training(program):
+    assert program.call(*program.flags, "--eval-episodes", 1)[0] == 0
+    (run,) = program.runs()
+    assert rows(run) != rows(program.whole)
+    assert equal(*(load(path / "checkpoint.pt")["agent"] for path in (run, program.whole)))
 
 
-def test_evaluation_does_not_disturb_training(cli, tmp_path, monkeypatch):
-    """Other evaluation episodes, or none at all: the same networks at the end."""
-    for episodes in (1, 5):
-        assert cli(*SHORT, "--eval-episodes", episodes)[0] == 0
-    monkeypatch.setattr(omad, "evaluate", lambda agent, envs, seed: np.zeros(1))
-    assert cli(*SHORT)[0] == 0
-    first, *others = (weights(run) for run in run_dirs(tmp_path))
-    assert all(torch.equal(value, other[name]) for other in others for name, value in first.items())
+def test_a_machine_without_git(tmp_path, monkeypatch):
+    assert versions()["git_revision"] != "unknown"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert versions()["git_revision"] == "unknown"
 
 
-@pytest.mark.parametrize("flags", [("--policy", "gaussian"), ("--env-id", "mpe_simple_speaker_listener"), ("--no-autotune",)])
-def test_variants_learn_and_stay_finite(cli, tmp_path, flags):
-    assert cli(*SHORT, *flags)[0] == 0
-    assert all(value.isfinite().all() for value in weights(run_dirs(tmp_path)[0]).values())
+# --- resume ---
 
 
-# --- resume and evaluate ---
+MOMENTS = (  # where a run dies, and how many rows of eval.csv it has by then; each time it is then resumed
+    ("evaluate 1", 0),
+    ("write policy.pt 1", 0),
+    ("write checkpoint.pt 1", 0),  # there is a policy, but no checkpoint
+    ("write eval.csv 1", 0),  # there is a checkpoint, but no evaluation
+    ("update 3", 1),
+    ("save checkpoint.pt 2", 1),  # in the middle of that file
+    ("write checkpoint.pt 3", 2),  # the policy is newer than the checkpoint
+    ("update 5", 2),
+    ("evaluate 2", 3),
+    ("write curve.png 1", 5),
+)
 
 
-@pytest.fixture(scope="module")
-def whole_run(tmp_path_factory):
-    """An uninterrupted run of 1200 steps, with a replay that overflows, to compare killed ones with."""
-    folder = tmp_path_factory.mktemp("whole")
-    assert omad.main([*LONGER, "--run-dir", str(folder)]) == 0
-    return run_dirs(folder)[0]
-
-
-LONGER = [*SHORT, "--total-timesteps", "1200", "--buffer-size", "500"]
-
-
-@pytest.mark.parametrize("rows_before", [1, 5])
-def test_resume_after_sigkill_equals_the_uninterrupted_run(start, cli, tmp_path, whole_run, rows_before):
-    process = start(*LONGER, "--run-dir", tmp_path)
-    deadline = time.time() + 60
-    while time.time() < deadline and not (any(tmp_path.glob("*/eval.csv")) and len(rows(run_dirs(tmp_path)[0])) >= rows_before):
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    (run,) = run_dirs(tmp_path)
-    assert rows_before <= len(rows(run)) < len(rows(whole_run))  # it was killed in the middle
-    code, _, err = cli("--resume", run, run_dir=False)
+def test_a_run_killed_again_and_again_is_the_uninterrupted_one(program, start, monkeypatch):
+    """SIGKILL at every kind of moment: exactly the same evaluations, networks, replay and random state in the end."""
+    flags = [*program.flags, *(["--buffer-size", "150", "--target-networks"] if program.name == "omad" else [])]
+    videos = films(monkeypatch, program)
+    assert program.call(*flags, "--capture-video")[0] == 0
+    (whole,) = program.runs()
+    command = [*flags, "--capture-video", "--run-dir", program.folder]
+    for moment, count in MOMENTS:
+        process = start(program.name, command, moment)
+        process.join(60)
+        assert process.exitcode == -signal.SIGKILL, (moment, (process.folder / "err").read_text())
+        (run,) = (path for path in program.runs() if path != whole)
+        assert (len(rows(run)) if (run / "eval.csv").exists() else 0) == count, moment
+        command = ["--resume", run]
+    assert not (run / "curve.png").exists()
+    code, _, err = program.call("--resume", run, run_dir=False)
     assert code == 0, err
-    assert rows(run) == rows(whole_run)
-    a, b = (torch.load(path / "checkpoint.pt", weights_only=True) for path in (run, whole_run))
-    for part in ("agent", "replay"):
-        pairs = (a[part], b[part]) if part == "agent" else (a[part]["data"], b[part]["data"])
-        assert all(torch.equal(value, pairs[1][name]) for name, value in pairs[0].items())
-    assert a["updates"] == b["updates"] and torch.equal(a["generator"], b["generator"])
+    assert rows(run) == rows(whole) and equal(*(load(path / "checkpoint.pt") for path in (run, whole)))
+    assert equal(*(load(path / "policy.pt")["policy"] for path in (run, whole)))
+    assert (run / "curve.png").exists() and not list(run.glob("unfinished*"))
+    assert videos == [whole / "videos", run / "videos"]  # it is still wanted
 
 
-@pytest.mark.parametrize("flags", [("--target-networks",), ("--policy", "gaussian")])
-def test_resume_from_every_checkpoint_equals_the_uninterrupted_run(cli, tmp_path, monkeypatch, flags):
-    """Interrupted right after each checkpoint in turn, within one process."""
-    assert cli(*SHORT, *flags)[0] == 0
-    (whole,) = run_dirs(tmp_path)
-    finish, count = omad.Run.evaluate_and_save, 0
-
-    def then_stop(self, envs):
-        finish(self, envs)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(omad.Run, "evaluate_and_save", then_stop)
-    assert cli(*SHORT, *flags)[0] == 130
-    run = next(path for path in run_dirs(tmp_path) if path != whole)
-    while len(rows(run)) < len(rows(whole)):
-        code, _, err = cli("--resume", run, run_dir=False)
-        assert code == 130, err
-        count += 1
-    assert count == 4 and rows(run) == rows(whole)
-    assert all(torch.equal(value, weights(whole)[name]) for name, value in weights(run).items())
-
-
-def test_resume_of_a_run_killed_before_its_first_checkpoint(cli, tmp_path):
-    assert cli(*SHORT)[0] == 0
-    (run,) = run_dirs(tmp_path)
-    want = rows(run)
-    for path in run.iterdir():
-        if path.name != "config.json":
-            path.unlink()
-    code, _, err = cli("--resume", run, run_dir=False)
+def test_a_finished_run_can_be_made_longer(program):
+    """And is what it would have been, also if its last step went beyond its total: four environments step at once."""
+    length = program.length + 2 * program.every
+    flags = [*program.flags, *(["--no-lr-decay"] if program.name == "dom2" else [])]
+    assert program.call(*flags, program.total, length)[0] == 0
+    assert program.call(*flags, program.total, program.length - 2 * (program.name == "omad"))[0] == 0
+    long, run = program.runs()
+    code, _, err = program.call("--resume", run, program.total, length, run_dir=False)
     assert code == 0, err
-    assert rows(run) == want
+    assert rows(run) == rows(long) and equal(*(load(path / "checkpoint.pt")["agent"] for path in (run, long)))
+    assert json.loads((run / "config.json").read_text())["args"][program.total[2:].replace("-", "_")] == length
 
 
-def test_a_finished_run_can_be_made_longer(cli, tmp_path):
-    assert cli(*SHORT)[0] == 0
-    (run,) = run_dirs(tmp_path)
-    assert cli("--resume", run, "--total-timesteps", "600", run_dir=False)[0] == 0
-    assert [row["step"] for row in rows(run)] == ["0", "100", "200", "300", "400", "500", "600"]
-
-
-def test_a_run_killed_while_finishing_is_finished_by_resume(cli, tmp_path):
-    """Also when the last step is beyond the total, because 4 environments step together; and the video is still wanted."""
-    pytest.importorskip("moviepy")
-    assert cli(*SHORT, "--total-timesteps", "398", "--capture-video")[0] == 0
-    (run,) = run_dirs(tmp_path)
-    (run / "curve.png").unlink()
-    for video in (run / "videos").iterdir():
-        video.unlink()
-    code, _, err = cli("--resume", run, run_dir=False)
+def test_a_directory_has_one_trainer_at_a_time(program, start):
+    """Neither a run that still trains nor one that is being resumed can be resumed beside it; a killed one can."""
+    command = [*program.flags, "--run-dir", program.folder]
+    for _ in range(2):
+        process = start(program.name, command, "update 5", wait)
+        deadline = time.time() + 60
+        while time.time() < deadline and process.is_alive() and not (process.folder / "waiting").exists():
+            time.sleep(0.01)
+        assert (process.folder / "waiting").exists(), (process.folder / "err").read_text()
+        (run,) = program.runs()
+        before = contents(run)
+        assert refusal(program.call("--resume", run, run_dir=False), run)
+        assert process.is_alive() and contents(run) == before
+        assert program.call("--evaluate", run, run_dir=False)[0] == 0  # it only reads
+        process.kill()
+        process.join()
+        command = ["--resume", run]
+    code, _, err = program.call("--resume", run, run_dir=False)
     assert code == 0, err
-    assert (run / "curve.png").exists() and len(list((run / "videos").glob("*.mp4"))) == 4
-    for video in (run / "videos").iterdir():
-        video.unlink()
-    assert cli("--evaluate", run, run_dir=False)[0] == 0
-    assert not list((run / "videos").iterdir())  # this command did not ask for one
-    assert [row["step"] for row in rows(run)] == ["0", "100", "200", "300", "400"]
+    assert rows(run) == rows(program.whole)
+    longer = program.length + program.every
+    assert program.call("--resume", run, program.total, longer, run_dir=False)[0] == 0  # again, in the same process
 
 
-def test_evaluate_repeats_the_last_evaluation(cli, tmp_path):
-    assert cli(*SHORT)[0] == 0
-    (run,) = run_dirs(tmp_path)
-    before = sorted((p.name, p.stat().st_mtime_ns) for p in run.iterdir())
-    code, out, _ = cli("--evaluate", run, run_dir=False)
-    last = rows(run)[-1]
-    assert code == 0 and f"{float(last['return_mean']):.2f} ± {float(last['return_std']):.2f} over 3 episodes" in out
-    assert before == sorted((p.name, p.stat().st_mtime_ns) for p in run.iterdir())  # nothing is written
-    assert cli("--evaluate", run, "--seed", "9", "--eval-episodes", "7", run_dir=False)[1] != out
-
-
-def test_evaluate_with_fewer_denoising_steps(cli, tmp_path):
-    assert cli(*SHORT)[0] == 0
-    (run,) = run_dirs(tmp_path)
-    shown = [cli("--evaluate", run, "--denoising-steps", k, run_dir=False)[1] for k in (3, 2, 1)]
-    assert [f"{k} denoising steps" in out for k, out in zip((3, 2, 1), shown)] == [True] * 3
-    assert shown[0] == cli("--evaluate", run, run_dir=False)[1]  # 3 is what it was trained with
-    assert len({out.partition("return")[2] for out in shown}) == 3
-    code, _, err = cli("--resume", run, "--denoising-steps", 2, run_dir=False)
-    assert code == 2 and "--denoising-steps" in err
-    assert cli(*SHORT, "--policy", "gaussian")[0] == 0
-    code, _, err = cli("--evaluate", run_dirs(tmp_path)[1], "--denoising-steps", 2, run_dir=False)
-    assert code == 2 and one_line(err) and "--denoising-steps" in err
-
-
-def test_video(cli, tmp_path):
-    imageio = pytest.importorskip("imageio")
-    assert cli(*SHORT)[0] == 0
-    (run,) = run_dirs(tmp_path)
-    assert cli("--evaluate", run, "--capture-video", run_dir=False)[0] == 0
-    videos = sorted((run / "videos").glob("*.mp4"))
-    frames = np.stack([frame for frame in imageio.get_reader(videos[0]).iter_data()])
-    assert len(videos) == 4 and frames.shape == (26, 700, 700, 3)
-    assert frames.std() > 5 and np.abs(frames[0].astype(int) - frames[-1]).max() > 50  # something is drawn, and it moves
-
-
-@pytest.mark.slow
-def test_video_of_a_robot(cli, tmp_path):
-    """Without a screen: mujoco renders through EGL, in software if it must."""
-    imageio = pytest.importorskip("imageio")
-    flags = [*SHORT, "--env-id", "mamujoco_reacher_2x1", "--eval-every", "200", "--capture-video"]
-    code, out, err = cli(*flags)
-    assert code == 0, err
-    videos = sorted((run_dirs(tmp_path)[0] / "videos").glob("*.mp4"))
-    frames = np.stack([frame for frame in imageio.get_reader(videos[0]).iter_data()])
-    assert len(videos) == 4 and len(frames) == 51 and frames.std() > 5 and np.abs(frames[0].astype(int) - frames[-1]).max() > 50
-
-
-def test_resume_and_evaluate_refuse_what_would_change_the_run(cli, tmp_path):
-    assert cli(*SHORT)[0] == 0
-    (run,) = run_dirs(tmp_path)
-    files = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
-    for flags in (
-        ("--resume", run, "--gamma", "0.5"),
-        ("--evaluate", run, "--policy", "gaussian"),
-        ("--resume", run, "--total-timesteps", "200"),
-        ("--resume", run, "--evaluate", run),
+def test_resume_and_evaluate_refuse_what_would_change_the_run(program):
+    run = program.copy()
+    before = contents(run)
+    for *flags, word in (
+        ("--resume", run, "--gamma", 0.5, "--gamma"),
+        ("--resume", run, program.steps, 2, program.steps),
+        ("--resume", run, "--seed", 2, "--seed"),
+        ("--resume", run, program.total, program.length // 2, program.total),
+        ("--resume", run, "--evaluate", run, "--evaluate"),
+        ("--evaluate", run, "--policy-hidden", 32, "--policy-hidden"),
+        ("--evaluate", run / "policy.pt", "--gamma", 0.5, "--gamma"),
     ):
-        code, _, err = cli(*flags, run_dir=False)
-        assert code == 2 and one_line(err) and flags[2] in err
-    assert files == {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+        assert refusal(program.call(*flags, run_dir=False), word), flags
+    assert contents(run) == before
 
 
-# --- help and bad input ---
-
-
-def help_entries(capsys, *flags):
-    """--help as {flag: its text}."""
-    with pytest.raises(SystemExit) as stop:
-        omad.main(["--help", *flags])
-    assert stop.value.code == 0
-    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    names = [omad._flag(field.name) for field in dataclasses.fields(omad.Args)]
-    starts = sorted((re.search(rf" {name}(,| (?=[A-Z{{]))", text).end(), name) for name in names)  # not where a text mentions it
-    return {name: text[at:end] for (at, name), (end, _) in zip(starts, [*starts[1:], (None, "")])}
-
-
-@pytest.mark.parametrize("env_id", list_tasks())
-def test_help_shows_the_task_s_defaults(capsys, env_id):
-    shown = help_entries(capsys, "--env-id", env_id)
-    args = dataclasses.asdict(omad.preset(env_id))
-    assert args["env_id"] == env_id
-    for name, value in args.items():
-        entry = shown[omad._flag(name)].replace("'", "")  # some words stand in quotes
-        assert f"(default: {value})" in entry, name
-
-
-def test_every_flag_is_documented(capsys):
-    for name, entry in help_entries(capsys).items():
-        words = re.sub(r"\(default.*?\)|\{.*?\}|--\S+|[A-Z_]{3,}", "", entry).split()
-        assert len(words) >= 2, (name, entry)
+def test_a_run_that_has_lost_its_checkpoint_is_not_run_over(program):
+    """Its evaluations would be gone."""
+    run = program.copy()
+    (run / "checkpoint.pt").unlink()
+    before = contents(run)
+    assert refusal(program.call("--resume", run, run_dir=False), run, "checkpoint.pt")
+    assert contents(run) == before
 
 
 @pytest.mark.parametrize(
-    "flags, words",
-    [
-        (["--env-id", "mpe_simple_spred"], ["mpe_simple_spred", "mpe_simple_spread"]),
-        (["--env-id"], ["--env-id"]),
-        (["--total-timestep", "5"], ["--total-timestep", "--total-timesteps"]),
-        (["spread"], ["spread"]),
-        (["--seed", "x"], ["--seed", "x"]),
-        (["--policy", "gausian"], ["gausian", "gaussian"]),
-        (["--gamma", "1.5"], ["--gamma", "1.5"]),
-        (["--gamma", "nan"], ["--gamma", "nan"]),
-        (["--seed", "-1"], ["--seed", "-1"]),
-        (["--batch-size", "0"], ["--batch-size", "0"]),
-        (["--v-min", "5", "--v-max", "5"], ["--v-min", "--v-max"]),
-        (["--updates-per-step", "0.3"], ["--updates-per-step", "whole"]),
-        (["--learning-starts", "100000"], ["--learning-starts", "--total-timesteps"]),
-        (["--buffer-size", "4"], ["--buffer-size", "--num-envs"]),
-        (["--device", "tpu"], ["--device", "tpu"]),
-        (["--eval-every", "100"], ["--eval-every", "200", "episode"]),
-        (["--policy-lr", "inf"], ["--policy-lr", "inf"]),
-        (["--batch-size", "1000000000000"], ["--batch-size"]),
-        (["--run-dir", ""], ["--run-dir"]),
-        (["--run-dir="], ["--run-dir"]),
-        (["--buffer-size", "100000000000", "--total-timesteps", "100000000000"], ["replay", "cannot be made"]),
-        (["--list-tasks", "--bogus", "3"], ["--bogus"]),
-        (["--list-tasks", "--env-id", "nope"], ["nope"]),
-        (["--observation", ""], ["--observation"]),
-        (["--observation", "k\n1"], ["--observation"]),
-        (["--resume", "nowhere"], ["nowhere"]),
-        (["--resume", ""], ["--resume"]),
-        (["--evaluate", "nowhere"], ["nowhere"]),
-    ],
+    "path",
+    ["omad_gaussian/*__1__*", "omad_batch_128/*__1__*", "offline/omar_simple_spread-medium/dom2/*__1__*"],
 )
-def test_bad_input_is_one_line_and_nothing_is_written(cli, tmp_path, flags, words):
-    code, out, err = cli(*flags, run_dir="--run-dir" not in flags[0])
-    assert code == 2 and one_line(err) and not out, err
-    assert all(word in err for word in words), err
-    assert list(tmp_path.iterdir()) == []
+def test_committed_results_are_not_run_over(path, tmp_path, capsys):
+    """They have neither checkpoint.pt nor policy.pt. Today's flags or yesterday's: nothing there is touched."""
+    (committed,) = (ROOT / "runs" / "results").glob(path)
+    run = shutil.copytree(committed, tmp_path / committed.name)
+    before, module = contents(run), dom2 if "__dom2__" in run.name else omad
+    for flag in ("--evaluate", "--resume"):
+        assert refusal(caller(module.main, tmp_path, capsys)(flag, run, run_dir=False), run)
+    assert contents(run) == before
 
 
-def test_errors_are_plain_where_the_terminal_could_show_boxes(start):
-    for flags in (("--seed", "x"), ("--policy", "gausian")):
-        process = start(*flags, env=os.environ | {"PYTHONIOENCODING": "utf-8", "FORCE_COLOR": "1"})
-        out, err = process.communicate(timeout=60)
-        assert process.returncode == 2 and one_line(err) and flags[1] in err and not out
-
-
-def test_a_machine_without_git(cli, tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
-    assert cli(*SHORT)[0] == 0
-    assert json.loads((run_dirs(tmp_path)[0] / "config.json").read_text())["git_revision"] == "unknown"
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_cuda_where_there_is_none(cli, tmp_path):
-    code, _, err = cli(*SHORT[:-2], "--device", "cuda")
-    assert code == 2 and one_line(err) and "CUDA" in err and list(tmp_path.iterdir()) == []
-
-
-def test_a_run_dir_that_cannot_be_written(cli, tmp_path):
-    (tmp_path / "file").write_text("")
-    for folder in (tmp_path / "file", "/proc/nothing"):
-        code, out, err = cli(*SHORT, "--run-dir", folder, run_dir=False)
-        assert code == 2 and one_line(err) and str(folder) in err
+@pytest.mark.parametrize("parts", ["all", "config.json", "policy.pt"])
+def test_a_run_of_the_other_program(program, finished, tmp_path, parts):
+    run = shutil.copytree(finished[OTHER[program.name]][0], tmp_path / "other")
+    for path in run.iterdir() if parts != "all" else ():
+        if path.name != parts:
+            path.unlink()
+    before = contents(run)
+    for flag in ("--evaluate", "--resume"):
+        assert refusal(program.call(flag, run, run_dir=False), run), flag
+    assert contents(run) == before
 
 
 class Hostile:
@@ -371,111 +252,390 @@ class Hostile:
         return (os.mkdir, (str(self.path),))
 
 
-def test_bad_checkpoints(cli, tmp_path):
-    assert cli(*SHORT)[0] == 0
-    (run,) = run_dirs(tmp_path)
-    path, proof = run / "checkpoint.pt", tmp_path / "executed"
-    good = torch.load(path, weights_only=True)
-    content = path.read_bytes()
-    assert len(content) > 2000
-
-    def bad(change, commands=("--evaluate", "--resume")):
-        change()
-        for command in commands:
-            code, _, err = cli(command, run, run_dir=False)
-            assert code == 2 and one_line(err) and "checkpoint.pt" in err, err
-
-    bad(lambda: path.write_bytes(content[: len(content) // 2]))
-    bad(lambda: path.write_bytes(b""))
-    bad(lambda: path.write_bytes(b"not a checkpoint"))
-    bad(lambda: torch.save({"model": torch.zeros(3)}, path))
-    bad(lambda: torch.save([1, 2], path))
-    bad(lambda: torch.save(Hostile(proof), path))
-    bad(lambda: torch.save(good | {"args": good["args"] | {"policy_hidden": 32}}, path))
-    bad(lambda: torch.save(good | {"args": good["args"] | {"env_id": "elsewhere"}}, path))
-    bad(lambda: torch.save(good | {"args": good["args"] | {"gamma": "high"}}, path))
-    bad(lambda: torch.save(good | {"args": {"speed": 3}}, path))
-    bad(lambda: torch.save(good | {"args": good["args"] | {"num_envs": 4.0}}, path))
-    bad(lambda: torch.save(good | {"args": good["args"] | {"device": "tpu"}}, path))
-    bad(lambda: torch.save(good | {"step": "abc"}, path))
-    bad(lambda: torch.save(good | {"step": -50}, path))
-    bad(lambda: torch.save(good | {"args": good["args"] | {"policy_hidden": 10**6}}, path), ["--evaluate"])
-    bad(lambda: torch.save({k: v for k, v in good.items() if k != "agent"}, path))
-    bad(lambda: torch.save(good | {"format": "omad-1"}, path))
-    momenta = copy.deepcopy(good["optimizers"])
-    next(iter(momenta["policy"]["state"].values()))["exp_avg"] = torch.zeros(2)  # fused Adam would write out of bounds
-    partial = copy.deepcopy(good["optimizers"])
-    del next(iter(partial["critic"]["state"].values()))["exp_avg"]
-    for change in ({"optimizers": momenta}, {"optimizers": partial}, {"optimizers": {}}, {"rows": [1]}, {"rows": [{"x": 1}]}, {"seconds": "x"}, {"updates": None},
-                   {"replay": good["replay"] | {"added": 10**18}}, {"replay": good["replay"] | {"added": "x"}}):  # fmt: skip
-        bad(lambda: torch.save(good | change, path), ["--resume"])
-    assert not proof.exists()
-    path.unlink()
-    (run / "config.json").write_text("{}")
-    assert cli("--resume", run, run_dir=False)[0] == 2
+@pytest.mark.parametrize("flag, name", [("--resume", "checkpoint.pt"), ("--evaluate", "policy.pt")])
+def test_damaged_files_are_refused_and_nothing_in_them_is_executed(program, tmp_path, flag, name):
+    run, proof = program.copy(), tmp_path / "executed"
+    path = run / name
+    good, content = load(path), path.read_bytes()
+    save = partial(torch.save, f=path)
+    for damage in (
+        lambda: path.write_bytes(content[: len(content) // 2]),
+        lambda: path.write_bytes(b""),
+        lambda: path.write_bytes(b"not a checkpoint"),
+        lambda: save({"model": torch.zeros(3)}),
+        lambda: save([1, 2]),
+        lambda: save(Hostile(proof)),
+        lambda: save(good | {"step": Hostile(proof)}),
+        lambda: save(good | {"format": f"{program.name}-1"}),
+        path.unlink,
+    ):
+        damage()
+        before = contents(run)
+        assert refusal(program.call(flag, run, run_dir=False), path)
+        assert not proof.exists() and contents(run) == before
+    torch.load(save(Hostile(proof)) or path, weights_only=False)
+    assert proof.exists()  # it would have been executed
 
 
-def test_full_disk_keeps_the_last_good_checkpoint(start, cli, tmp_path):
-    """A file-size limit between the size of the first checkpoint and that of a later one, whose replay has grown."""
-    longer = [*SHORT, "--total-timesteps", "4000", "--eval-every", "1000"]
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1_200_000, 1_200_000))
-    process = start(*longer, "--run-dir", tmp_path, preexec_fn=limit)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 3 and one_line(err) and "checkpoint.pt" in err and "File too large" in err and "kept" in err, err
-    (run,) = run_dirs(tmp_path)
-    assert torch.load(run / "checkpoint.pt", weights_only=True)["step"] >= 0 and not list(run.glob("*.tmp"))
-    code, _, err = cli("--resume", run, run_dir=False)  # with space again it goes on
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"args": {"speed": 3}}', "\xff"])
+def test_a_damaged_config(program, text):
+    run = program.copy()
+    (run / "config.json").write_text(text, "latin-1")
+    before = contents(run)
+    assert refusal(program.call("--resume", run, run_dir=False), run / "config.json")
+    assert contents(run) == before
+
+
+# --- evaluate ---
+
+
+def test_evaluate_repeats_the_last_evaluation(program, tmp_path):
+    """Of a run's directory, and of its policy.pt alone, wherever it lies; nothing is written."""
+    run, moved = program.copy(), tmp_path / "elsewhere" / "best.pt"
+    moved.parent.mkdir()
+    shutil.copy(run / "policy.pt", moved)
+    before = contents(tmp_path)
+    alone = program.call("--evaluate", moved, run_dir=False)
+    assert alone[0] == 0 and shown(run) in alone[1], alone[2]
+    assert program.call("--evaluate", run, run_dir=False) == alone
+    assert program.call("--evaluate", moved, program.steps, 3, run_dir=False) == alone  # K as trained
+    assert contents(tmp_path) == before
+    other = {alone[1]}
+    for flags in (["--seed", 9], ["--eval-episodes", 7], [program.steps, 1], [program.steps, 5]):
+        code, out, err = program.call("--evaluate", moved, *flags, run_dir=False)
+        assert code == 0 and (flags[0] != "--eval-episodes" or "over 7 episodes" in out), err
+        other.add(out)
+    assert len(other) == 5
+
+
+def test_videos(program, tmp_path):
+    """Beside the policy, and only if asked for: four short episodes in which something moves."""
+    imageio = pytest.importorskip("imageio")
+    (tmp_path / "elsewhere").mkdir()
+    policy = tmp_path / "elsewhere" / "policy.pt"
+    shutil.copy(program.whole / "policy.pt", policy)
+    assert program.call("--evaluate", policy, run_dir=False)[0] == 0
+    assert [path.name for path in policy.parent.iterdir()] == ["policy.pt"]
+    code, out, err = program.call("--evaluate", policy, "--capture-video", run_dir=False)
+    assert code == 0 and shown(program.whole) in out, err
+    videos = sorted((policy.parent / "videos").glob("*.mp4"))
+    frames = np.stack([frame for frame in imageio.get_reader(videos[0]).iter_data()])
+    assert len(videos) == 4 and frames.shape == (26, 700, 700, 3)
+    assert frames.std() > 5 and np.abs(frames[0].astype(int) - frames[-1]).max() > 50
+
+
+def test_videos_go_into_the_run_and_a_run_that_was_filmed_is_not_filmed_again(program, monkeypatch):
+    folders = films(monkeypatch, program)
+    assert program.call(*program.flags, program.total, program.every, "--capture-video")[0] == 0
+    (run,) = program.runs()
+    assert program.call("--evaluate", run, run_dir=False)[0] == 0 and folders == [run / "videos"]
+    assert program.call("--evaluate", run, "--capture-video", run_dir=False)[0] == 0
+    assert folders == [run / "videos"] * 2
+
+
+def test_videos_without_moviepy_are_refused_before_the_run(program, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "moviepy" else find(name))
+    assert refusal(program.call(*program.flags, "--capture-video"), "--capture-video", "moviepy")
+    assert not program.folder.exists()
+
+
+@pytest.mark.slow
+def test_video_of_a_robot(cli, tmp_path):
+    """Without a screen: mujoco renders through EGL, in software if it must."""
+    imageio = pytest.importorskip("imageio")
+    flags = (
+        "--total-timesteps 400 --num-envs 4 --eval-every 200 --eval-episodes 3 --learning-starts 300 --batch-size 32"
+    )
+    small = "--updates-per-step 0.25 --policy-hidden 16 --critic-hidden 16 --device cpu --capture-video"
+    code, _, err = cli("--env-id", "mamujoco_reacher_2x1", *flags.split(), *small.split())
     assert code == 0, err
-    assert [row["step"] for row in rows(run)] == ["0", "1000", "2000", "3000", "4000"]
+    videos = sorted(tmp_path.glob("*__omad__*/videos/*.mp4"))
+    frames = np.stack([frame for frame in imageio.get_reader(videos[0]).iter_data()])
+    assert len(videos) == 4 and len(frames) == 51
+    assert frames.std() > 5 and np.abs(frames[0].astype(int) - frames[-1]).max() > 50
 
 
-def test_non_finite_loss_stops_and_saves(cli, tmp_path):
-    code, _, err = cli(*SHORT, "--q-lr", "1e12")
-    (run,) = run_dirs(tmp_path)
-    assert code == 3 and one_line(err) and re.search(r"step \d+: losses/critic is (nan|inf)", err), err
-    assert torch.load(run / "failed.pt", weights_only=True)["step"] > 0
-    saved = torch.load(run / "checkpoint.pt", weights_only=True)
-    assert all(value.isfinite().all() for value in saved["agent"].values())  # the last good one
+# --- help and lists ---
 
 
-def test_non_finite_action_stops_and_saves(cli, tmp_path, monkeypatch):
-    act = omad.OMAD.act
-    monkeypatch.setattr(omad.OMAD, "act", lambda self, obs, g: act(self, obs, g) * (np.nan if len(obs) == 4 else 1))
-    code, _, err = cli(*SHORT)  # 4 environments in training, 3 in evaluation
-    assert code == 3 and one_line(err) and re.search(r"step 80: action is not finite", err), err
-    assert (run_dirs(tmp_path)[0] / "failed.pt").exists()
+def help_entries(call, module, *flags):
+    """--help as {flag: its text}."""
+    code, out, _ = call("--help", *flags, run_dir=False)
+    assert code == 0
+    text = " ".join(out.replace("│", " ").split())
+    names = ["--" + field.name.replace("_", "-") for field in dataclasses.fields(module.Args)]
+    starts = sorted((re.search(rf" {name}(,| (?=[A-Z{{]))", text).end(), name) for name in names)  # not in a text
+    return {name: text[at:end] for (at, name), (end, _) in zip(starts, [*starts[1:], (None, "")])}
 
 
-def test_non_finite_action_in_evaluation(cli, tmp_path, monkeypatch):
-    assert cli(*SHORT)[0] == 0
-    (run,) = run_dirs(tmp_path)
-    monkeypatch.setattr(omad.OMAD, "act", lambda self, obs, g: np.full((len(obs), 3, 2), np.nan))
-    code, _, err = cli("--evaluate", run, run_dir=False)
-    assert code == 3 and one_line(err) and "action in evaluation is not finite" in err
-    code, _, err = cli(*SHORT)
-    assert code == 3 and one_line(err) and "step 0: action in evaluation is not finite" in err and "last good" not in err
+def test_help_shows_the_defaults_of_each_task_or_data_set(program, data):
+    flag, names = "--env-id", list_tasks()
+    if program.name == "dom2":
+        flag, names = "--dataset", [str(data), *("-".join(pair) for pair in itertools.product(FOLDERS, SPLITS))]
+    seen = set()
+    for name in names:
+        args = program.module.preset(name)
+        if str(args).replace(name, "") in seen:
+            continue
+        entries = help_entries(program.call, program.module, flag, name)
+        for key, value in dataclasses.asdict(args).items():
+            entry = entries["--" + key.replace("_", "-")].replace("'", "").replace(" ", "")  # paths are broken at will
+            assert f"(default:{value})".replace(" ", "") in entry, (name, key)
+        assert getattr(args, flag[2:].replace("-", "_")) == name
+        seen.add(str(args).replace(name, ""))
+    assert len(seen) >= 10  # they do differ
 
 
-def test_non_finite_networks_do_not_replace_the_last_good_checkpoint(cli, tmp_path, monkeypatch):
-    evaluate, calls = omad.evaluate, []
-
-    def then_break(agent, envs, seed):
-        returns = evaluate(agent, envs, seed)
-        calls.append(seed)
-        if len(calls) == 3:
-            agent.critic.out.weight.data[0, 0, 0] = torch.nan  # as a bad last optimiser step would leave it
-        return returns
-
-    monkeypatch.setattr(omad, "evaluate", then_break)
-    code, _, err = cli(*SHORT)
-    assert code == 3 and one_line(err) and "step 200: a parameter" in err
-    assert torch.load(run_dirs(tmp_path)[0] / "checkpoint.pt", weights_only=True)["step"] == 100
+def test_every_flag_is_documented(program):
+    for name, entry in help_entries(program.call, program.module).items():
+        words = re.sub(r"\(default.*?\)|\{.*?\}|--\S+|[A-Z_]{3,}", "", entry).split()
+        assert len(words) >= 2, (name, entry)
 
 
-def test_interrupt_says_how_to_go_on(cli, tmp_path, monkeypatch):
-    def interrupt(self):
+def test_the_list_of_tasks(cli, tmp_path):
+    code, out, err = cli("--list-tasks")
+    assert code == 0 and not err and list(tmp_path.iterdir()) == []
+    assert {line.split()[0] for line in out.splitlines()} >= set(list_tasks())
+
+
+def test_the_citation_file_has_the_papers_of_both_programs():
+    text = (ROOT / "CITATION.cff").read_text()
+    assert "Improving Generalization and Data Efficiency with Diffusion in Offline Multi-agent RL" in text
+    assert all(f"https://arxiv.org/abs/{number}" in text for number in ("2602.18291", "2502.02316", "2307.01472"))
+
+
+# --- how a command line is read ---
+
+
+@pytest.fixture
+def parsed(program, monkeypatch, tmp_path):
+    """parsed("--seed", "1"): the `Args` that would be trained with."""
+    given = []
+    monkeypatch.setattr(program.module, "train", lambda args, *_: given.append(args))
+
+    def read(*argv):
+        given.clear()
+        code, _, err = program.call(*argv, run_dir=False)
+        assert code == 0, err
+        return given[0]
+
+    return read
+
+
+def test_flags_are_over_the_preset_however_they_are_written(program, parsed, data):
+    flag, name = ("--env-id", "mpe_simple_line") if program.name == "omad" else ("--dataset", str(data))
+    preset = program.module.preset(name)
+    for argv in ([flag, name], [f"{flag}={name}"], [f"--{flag[2:].replace('-', '_')}", name]):
+        assert parsed(*argv) == preset
+        assert parsed(*argv, "--gamma", "0.5") == dataclasses.replace(preset, gamma=0.5) == parsed("--gamma=0.5", *argv)
+
+
+def test_numbers_with_an_exponent(program, parsed):
+    """They stand for whole numbers too, and fractions stay what they are."""
+    name = program.total[2:].replace("-", "_")
+    for argv in ([program.total, "1e6"], [f"{program.total}=1e6"], [f"--{name}", "1e6"]):
+        value = getattr(parsed(*program.flags, *argv), name)
+        assert value == 1_000_000 and isinstance(value, int), argv
+    assert getattr(parsed(*program.flags, program.total, "2.5e5"), name) == 250_000
+    for word in ("1.5e-3", "2.5e0", "1e1"):
+        assert parsed(*program.flags, "--policy-lr", word).policy_lr == float(word)
+
+
+@pytest.mark.parametrize("folder", ["2026-results", "1e6", "3e"])
+def test_names_that_look_like_numbers_stay_names(parsed, program, folder):
+    assert parsed(*program.flags, "--run-dir", folder).run_dir == folder
+
+
+# --- bad input ---
+
+
+BAD_INPUT = {
+    "both": [
+        (["--seed", "x"], ["--seed", "'x'"]),
+        (["--seed", "-1"], ["--seed"]),
+        (["--seed"], ["--seed"]),
+        (["--device", "tpu"], ["--device", "tpu"]),
+        (["--gamma", "1.5"], ["--gamma"]),
+        (["--gamma", "nan"], ["--gamma"]),
+        (["--batch-size", "0"], ["batch-size"]),
+        (["--batch-siz", "8"], ["--batch-siz", "--batch-size"]),
+        (["--eval-every", "0"], ["eval-every"]),
+        (["--policy-lr", "inf"], ["--policy-lr"]),
+        (["--q-lr", "nan"], ["--q-lr"]),
+        (["--q-lr", "0"], ["--q-lr"]),
+        (["--torch-threads", "-1"], ["--torch-threads"]),
+        (["--tau", "5"], ["--tau"]),
+        (["--observation", "k9"], ["--observation", "k9"]),
+        (["--prey", "nothing.pt"], ["--prey", "has no prey"]),
+        (["--resume", "nowhere"], ["nowhere"]),
+        (["--resume", ""], ["--resume"]),
+        (["--evaluate", "nowhere"], ["nowhere"]),
+        (["--evaluate", ""], ["--evaluate"]),
+    ],
+    "omad": [
+        (["--env-id", "mpe_simple_spred"], ["mpe_simple_spred", "mpe_simple_spread"]),
+        (["--env-id", "mamujoco_halfcheetah_"], ["mamujoco_halfcheetah_2x3"]),
+        (["--env-id", "mamujoco_ant"], ["mamujoco_ant_2x4"]),
+        (["--env-id", "mamujoco_manysegmentswimmer_"], ["mamujoco_manysegmentswimmer_10x2"]),
+        (["--total-timestep", "5"], ["--total-timestep", "--total-timesteps"]),
+        (["--policy", "gausian"], ["gausian", "gaussian"]),
+        (["--v-min", "5", "--v-max", "5"], ["--v-min", "--v-max"]),
+        (["--v-max", "inf"], ["--v-max"]),
+        (["--n-atoms", "1"], ["n-atoms"]),
+        (["--alpha", "0"], ["--alpha"]),
+        (["--alpha-lr", "nan"], ["--alpha-lr"]),
+        (["--adam-beta1", "1.5"], ["--adam-beta1"]),
+        (["--updates-per-step", "0.3"], ["--updates-per-step", "whole"]),
+        (["--updates-per-step", "nan"], ["--updates-per-step"]),
+        (["--updates-per-step", "-0.25"], ["--updates-per-step"]),
+        (["--learning-starts", "100000"], ["--learning-starts", "--total-timesteps"]),
+        (["--buffer-size", "3"], ["--buffer-size", "--num-envs"]),
+        (["--eval-every", "50"], ["--eval-every", "100", "episode"]),
+        (["--list-tasks", "--bogus", "3"], ["--bogus"]),
+        (["--list-tasks", "--env-id", "nope"], ["nope"]),
+    ],
+    "dom2": [
+        (["--dataset", "omar_simple_spred-medium"], ["did you mean omar_simple_spread-medium"]),
+        (["--dataset", "nowhere/at/all"], ["nowhere/at/all", "no such folder"]),
+        (["--total-update", "5"], ["--total-update", "--total-updates"]),
+        (["--policy", "determinstic"], ["determinstic", "deterministic"]),
+        (["--policy", "deterministic", "--q-weight", "0"], ["--policy deterministic", "--q-weight"]),
+        (["--q-weight", "nan"], ["--q-weight"]),
+        (["--data-fraction", "0"], ["--data-fraction"]),
+        (["--shift", "speed"], ["--shift", "--evaluate"]),
+        (["--top-quantile", "2"], ["--top-quantile"]),
+        (["--thresholds", "-1"], ["thresholds"]),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    "program, flags, words",
+    [(name, *case) for name in ("omad", "dom2") for case in [*BAD_INPUT["both"], *BAD_INPUT[name]]],
+    indirect=["program"],
+)
+def test_bad_input_is_refused_and_nothing_is_written(program, tmp_path, monkeypatch, flags, words):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert refusal(program.call(*program.flags, *flags), *words)
+    assert [path.name for path in tmp_path.rglob("*")] == ["here"]
+
+
+def test_words_that_are_not_numbers(program):
+    for word in ("1.5", "inf", "nan", "1e-3", "x"):
+        assert refusal(program.call(*program.flags, program.total, word), program.total, f"'{word}'"), word
+
+
+@pytest.mark.parametrize("name, flag", [("mpe_simple_spread", "--env-id"), ("omar_simple_spread-medium", "--dataset")])
+def test_a_task_or_a_data_set_without_its_flag(name, flag, tmp_path, capsys):
+    module = {"--env-id": omad, "--dataset": dom2}[flag]
+    code, out, err = caller(module.main, tmp_path, capsys)(name)
+    assert code == 2 and one_line(err, module.__name__) and f"{flag} {name}" in err and not out
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_where_there_is_none(program):
+    run = program.copy()
+    for flags in (program.flags, ["--resume", run], ["--evaluate", run]):
+        code, _, err = program.call(*flags, "--device", "cuda", run_dir=False)
+        assert code == 2 and one_line(err, program.name) and "--device cuda" in err
+    assert program.runs() == [run]
+
+
+def test_a_run_dir_that_cannot_be_written(program, tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", "/proc/nothing"):
+        code, _, err = program.call(*program.flags, "--run-dir", folder, run_dir=False)
+        assert code == 2 and one_line(err, program.name) and str(folder) in err
+
+
+# --- what goes wrong on the way ---
+
+
+def spoil(monkeypatch, program, part, count):
+    """After the `count`-th update, one number of that part of the agent is not finite."""
+    update, calls = AGENT[program.name].update, []
+
+    def instead(self, *args):
+        logs = update(self, *args)
+        calls.append(1)
+        if len(calls) == count:
+            next(getattr(self, part).parameters()).data.flatten()[0] = torch.nan
+        return logs
+
+    monkeypatch.setattr(AGENT[program.name], "update", instead)
+
+
+@pytest.mark.parametrize("part", ["policy", "critic"])
+def test_numbers_that_are_not_finite_stop_a_run_and_the_last_good_checkpoint_stays(program, monkeypatch, part):
+    """Policies at the next action, critics at the next checkpoint: the second, by the very last update before it."""
+    with monkeypatch.context() as patch:
+        spoil(patch, program, part, {"omad": 29, "dom2": 20}[program.name])
+        code, _, err = program.call(*program.flags)
+    (run,) = program.runs()
+    assert code == 3 and err.startswith(f"{program.name}.py: failed: ") and len(err.splitlines()) == 1
+    assert "finite" in err or "diverged" in err
+    for name in ("checkpoint.pt", "policy.pt"):
+        assert load(run / name)["step"] == program.every
+    assert program.call("--resume", run, run_dir=False)[0] == 0
+    assert rows(run) == rows(program.whole)
+
+
+def test_a_run_that_diverges_by_itself(cli, tmp_path):
+    """From learning rates that are far too high."""
+    flags = "--total-timesteps 400 --num-envs 4 --eval-every 100 --eval-episodes 1 --learning-starts 100 --batch-size 8"
+    sizes = "--updates-per-step 0.25 --policy-hidden 16 --critic-hidden 16 --device cpu --q-lr 1e12"
+    code, _, err = cli(*flags.split(), *sizes.split())
+    assert code == 3 and err.startswith("omad.py: failed: ") and len(err.splitlines()) == 1, err
+    (run,) = tmp_path.glob("*__omad__*")
+    assert all(value.isfinite().all() for value in load(run / "checkpoint.pt")["agent"].values())
+
+
+def test_a_policy_that_is_not_finite_cannot_be_evaluated(program):
+    run = program.copy()
+    saved = load(run / "policy.pt")
+    saved["policy"]["out.bias" if program.name == "omad" else "obs2.bias"] += torch.nan
+    torch.save(saved, run / "policy.pt")
+    code, out, err = program.call("--evaluate", run, run_dir=False)
+    assert code == 3 and err.startswith(f"{program.name}.py: failed: ") and "finite" in err and "return" not in out
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(program, start):
+    """Files of at most half of what a checkpoint needs."""
+    run = program.copy()
+    before, length = contents(run), program.length + program.every
+    limit = len(before["checkpoint.pt"]) // 2
+    process = start(program.name, ["--resume", run, program.total, length], f"limit {limit}")
+    process.join(60)
+    err = (process.folder / "err").read_text()
+    assert process.exitcode == 3 and err.startswith(f"{program.name}.py: failed: ") and "checkpoint.pt" in err, err
+    assert len(err.splitlines()) == 1
+    assert contents(run)["checkpoint.pt"] == before["checkpoint.pt"]
+    code, _, err = program.call("--resume", run, run_dir=False)  # with space again it goes on, as far as was asked for
+    assert code == 0, err
+    assert rows(run)[:5] == rows(program.whole) and int(rows(run)[-1]["step"]) == length
+    assert not list(run.glob("unfinished*"))
+
+
+def test_an_interrupt_says_how_to_go_on(program, monkeypatch):
+    def interrupt(self, *_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(omad.Run, "progress", interrupt)
-    code, out, err = cli(*SHORT)
-    assert code == 130 and "--resume" in err and str(run_dirs(tmp_path)[0]) in out
+    with monkeypatch.context() as patch:
+        patch.setattr(AGENT[program.name], "update", interrupt)
+        code, out, err = program.call(*program.flags)
+    (run,) = program.runs()
+    assert code == 130 and "--resume" in err and str(run) in out and "Traceback" not in err
+    assert program.call("--resume", run, run_dir=False)[0] == 0 and rows(run) == rows(program.whole)
+
+
+@pytest.mark.parametrize("name, flag", [("omad", "--env-id"), ("dom2", "--dataset")])
+def test_an_exit_code_reaches_the_shell(name, flag, tmp_path, monkeypatch, capsys):
+    """That of a run as it is typed is 0, see `finished`."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", flag, "nowhere/at/all"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / f"{name}.py"), run_name="__main__")
+    assert stop.value.code == 2 and one_line(capsys.readouterr().err, name) and not list(tmp_path.iterdir())

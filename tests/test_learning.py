@@ -1,15 +1,13 @@
 """Learning with a known optimum, through the real training loop."""
 
-import csv
-
 import gymnasium as gym
 import numpy as np
 import pytest
-import torch
 from pettingzoo import ParallelEnv
 
 import omad
 from common.envs import TASKS, Task
+from conftest import rows
 
 MODE = 0.8
 
@@ -55,17 +53,17 @@ def test_the_toy_is_what_it_says():
 )
 def test_two_coordinated_modes(cli, tmp_path, monkeypatch, policy, seed):
     """At least 95 % of the optimum: both agents commit to the same mode, and precisely."""
-    monkeypatch.setitem(TASKS, "two_modes", Task(lambda render_mode=None: TwoModes(), "toy", horizon=1))
-    monkeypatch.setitem(omad.PRESETS, "two_modes", {})
+    monkeypatch.setitem(TASKS, "mpe_two_modes", Task(lambda render_mode=None: TwoModes(), "toy", horizon=1))
+    added, add = [], omad.Replay.add
+    monkeypatch.setattr(omad.Replay, "add", lambda self, **new: added.append(new) or add(self, **new))
     flags = (
-        f"--env-id two_modes --seed {seed} --policy {policy} --total-timesteps 8000 --num-envs 16 --eval-every 4000 --eval-episodes 200 "
-        "--learning-starts 400 --batch-size 64 --updates-per-step 0.125 --policy-lr 2e-3 --q-lr 2e-3 --policy-hidden 16 --critic-hidden 32 "
-        "--n-atoms 41 --v-min -10 --v-max 3 --bn-warmup 100 --alpha 0.01 --alpha-lr 3e-3 --policy-frequency 2"
+        f"--env-id mpe_two_modes --seed {seed} --policy {policy} --total-timesteps 8000 --num-envs 16 --eval-every 4000 "
+        "--eval-episodes 200 --learning-starts 400 --batch-size 64 --updates-per-step 0.125 --policy-frequency 2 "
+        "--policy-lr 2e-3 --q-lr 2e-3 --policy-hidden 16 --critic-hidden 32 --n-atoms 41 --v-min -10 --v-max 3 "
+        "--gamma 0.99 --bn-warmup 100 --alpha 0.01 --alpha-lr 3e-3 --device cpu"
     )
     code, out, err = cli(*flags.split())
     assert code == 0, err
-    (path,) = tmp_path.glob("two_modes__*/eval.csv")
-    last = list(csv.DictReader(path.open()))[-1]
-    assert float(last["return_mean"]) >= 0.95, out
-    replay = torch.load(path.parent / "checkpoint.pt", weights_only=True)["replay"]
-    assert replay["data"]["terminated"].all() and replay["data"]["reward"].std() > 0  # every step of this task is the last
+    (run,) = tmp_path.glob("mpe_two_modes__*")
+    assert float(rows(run)[-1]["return_mean"]) >= 0.95, out
+    assert all(new["terminated"].all() for new in added)  # every step of this task is the last

@@ -1,15 +1,16 @@
 """The method itself: each test fails for a wrong algorithm, not only for a crash."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-import omad
 from common.envs import make_env
-from omad import OMAD, Args, BatchRenorm, Critic, DiffusionPolicy, GaussianPolicy, ParallelLinear, critic_loss, policy_loss, project
+from conftest import load
+from omad import OMAD, Args, BatchRenorm, Critic, DiffusionPolicy, GaussianPolicy, Replay, main, project
 
 POLICIES = [DiffusionPolicy, GaussianPolicy]
 OBS_SIZES, ACTION_SIZES = (3, 5, 2), (2, 1, 3)  # three unequal agents
@@ -20,36 +21,53 @@ def masks(sizes):
     return torch.arange(sizes.max()) < sizes[:, None]
 
 
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def make_policy(kind, steps=4, hidden=8, obs=OBS_SIZES, action=ACTION_SIZES):
-    """A policy whose every parameter is away from its special starting value."""
+def make_args(**changes):
+    small = dict(batch_size=16, policy_hidden=8, critic_hidden=8, n_atoms=21, v_min=-5.0, v_max=5.0, denoising_steps=3)
+    return Args(**small | dict(gamma=0.9) | changes)
+
+
+def make_policy(kind, obs=OBS_SIZES, action=ACTION_SIZES, steps=0, **changes):
+    """A policy whose every parameter is away from its special starting value, trained with K = 4."""
     torch.manual_seed(0)
-    policy = kind(masks(obs), masks(action), hidden, steps)
+    policy = kind(list(obs), list(action), make_args(**dict(denoising_steps=4) | changes), steps)
     for p in policy.parameters():
         p.data += 0.3 * torch.randn_like(p)
     return policy
 
 
 def policy_with_inputs(kind):
-    """A policy of three unequal agents, seven observations [7, 3, 5] and the noise of their chains."""
+    """A policy of three unequal agents, seven observations [7, 3, 5], padded as `TeamEnv` does, and noise."""
     policy = make_policy(kind)
-    return policy, torch.randn(7, 3, 5, generator=generator()), policy.noise(7, generator())
+    return policy, normal(7, 3, 5) * masks(OBS_SIZES), policy.noise(7)
 
 
-def make_args(**changes):
-    small = dict(batch_size=16, policy_hidden=8, critic_hidden=8, n_atoms=21, v_min=-5.0, v_max=5.0, denoising_steps=3, gamma=0.9)
-    return Args(**small | changes)
+def three_agents(kind, **changes):
+    """The agent with that policy, critics that differ, and a temperature of 0.7."""
+    env = SimpleNamespace(obs_sizes=list(OBS_SIZES), action_sizes=list(ACTION_SIZES), state_size=4)
+    name = "diffusion" if kind is DiffusionPolicy else "gaussian"
+    agent = OMAD(env, make_args(policy=name, denoising_steps=4, alpha=0.7, **changes), torch.device("cpu"))
+    agent.policy.load_state_dict(make_policy(kind).state_dict())
+    for p in agent.critic.parameters():
+        p.data += torch.randn_like(p)
+    return agent
 
 
-def random_batch(env, size=16, seed=0):
-    g = generator(seed)
+def env_and_agent(**changes):
+    env = make_env("mpe_simple_speaker_listener")
+    torch.manual_seed(0)
+    return env, OMAD(env, make_args(**changes), torch.device("cpu"))
+
+
+def random_batch(env, size=16):
+    torch.manual_seed(1)
     obs, action = (size, *env.obs_mask.shape), (size, *env.action_mask.shape)
-    normal = lambda *shape: torch.randn(*shape, generator=g)
-    return dict(obs=normal(*obs), next_obs=normal(*obs), state=normal(size, env.state_size), next_state=normal(size, env.state_size),
-                action=torch.tanh(normal(*action)), reward=normal(size), terminated=torch.zeros(size))  # fmt: skip
+    batch = dict(obs=torch.randn(obs), next_obs=torch.randn(obs), action=torch.randn(action).tanh())
+    batch |= dict(state=torch.randn(size, env.state_size), next_state=torch.randn(size, env.state_size))
+    return batch | dict(reward=torch.randn(size), terminated=torch.zeros(size))
 
 
 # --- projection ---
@@ -67,8 +85,8 @@ def brute_force_projection(probs, places, atoms):
 
 def test_projection_equals_brute_force_and_conserves_mass():
     atoms = torch.linspace(-3, 2, 11, dtype=torch.float64)
-    probs = torch.softmax(3 * torch.randn(40, 11, generator=generator(), dtype=torch.float64), -1)
-    places = 4 * torch.randn(40, 11, generator=generator(1), dtype=torch.float64)
+    probs = torch.softmax(3 * normal(40, 11).double(), -1)
+    places = 4 * normal(40, 11, seed=1).double()
     places[0], places[1] = atoms, atoms[3]  # exactly on atoms
     places[2], places[3] = 100.0, -100.0  # far outside
     got = project(probs, places, atoms)
@@ -82,12 +100,17 @@ def test_projection_equals_brute_force_and_conserves_mass():
 # --- entropy bound ---
 
 
-def linear_chain(slope, offset, steps, dt):
+def schedule(steps):
+    """Step sizes along a chain of so many steps, relative to dt [DIME]."""
+    return [0.999 * math.cos(math.pi / 2 * (0.008 + n / steps) / 1.008) ** 2 + 0.001 for n in range(steps)]
+
+
+def linear_chain(slope, offset, steps, dt, trained_with=0):
     """A diffusion policy whose score network is u(x) = slope x + offset, exactly: the chain is then Gaussian.
 
     One hidden unit carries the signal far on the positive side of the GELU, where it is the identity.
     """
-    policy = DiffusionPolicy(torch.ones(1, 1).bool(), torch.ones(1, 1).bool(), 8, steps).double()
+    policy = make_policy(DiffusionPolicy, [1], [1], steps, denoising_steps=trained_with or steps).double()
     for p in policy.parameters():
         p.data.zero_()
     shift = 1e4
@@ -102,13 +125,14 @@ def linear_chain(slope, offset, steps, dt):
 
 
 def bound_and_entropy(slope, offset, steps=8, dt=0.1, samples=50_000):
-    """(the bound -E[C], the true entropy of the action), both from the same samples, the latter with the exact Gaussian of x_K."""
+    """The bound -E[C] and the true entropy of the action, from the same samples and the exact Gaussian of x_K."""
     policy = linear_chain(slope, offset, steps, dt)
     with torch.no_grad():
-        noise = torch.randn(steps + 1, samples, 1, 1, generator=generator(), dtype=torch.float64)
+        noise = normal(steps + 1, samples, 1, 1).double()
         action, run, term = policy(torch.zeros(samples, 1, 1, dtype=torch.float64), noise)
         mean, var = 0.0, 2.5**2
-        for eta in (dt * policy.schedule).flatten().tolist():
+        for part in schedule(steps):
+            eta = dt * part
             factor = 1 + eta * (slope - 1 / 2.5**2)
             mean, var = factor * mean + eta * offset, factor**2 * var + 2 * eta
         x = torch.atanh(action.flatten().clamp(-1 + 1e-15, 1 - 1e-15))
@@ -133,18 +157,20 @@ def test_bound_is_tight_for_the_equilibrium_gaussian():
 def test_path_cost_of_the_untrained_chain():
     """u = 0 at the start values: run = 2.853 d, term = -2.335 d (facts of the method, by Monte-Carlo)."""
     torch.manual_seed(0)
-    policy = DiffusionPolicy(masks((1,)), masks((2,)), 8, 8)
+    policy = DiffusionPolicy([1], [2], make_args(denoising_steps=8))
     policy.out.weight.data.zero_()
     with torch.no_grad():
-        _, run, term = policy(torch.zeros(200_000, 1, 1), policy.noise(200_000, generator()))
-    assert run.mean().item() == pytest.approx(2 * 2.853, abs=0.03) and term.mean().item() == pytest.approx(-2 * 2.335, abs=0.02)
+        _, run, term = policy(torch.zeros(200_000, 1, 1), policy.noise(200_000))
+    assert run.mean().item() == pytest.approx(2 * 2.853, abs=0.03)
+    assert term.mean().item() == pytest.approx(-2 * 2.335, abs=0.02)
 
 
-def test_path_cost_equals_the_two_kernels_written_out():
-    """C against log densities from torch.distributions, step by step, for one agent of an unequal team."""
-    policy = make_policy(DiffusionPolicy).double()
-    obs = torch.randn(6, 3, 5, generator=generator(), dtype=torch.float64)
-    noise = policy.noise(6, generator()).double()
+@pytest.mark.parametrize("steps", [4, 2, 7])
+def test_path_cost_equals_the_two_kernels_written_out(steps):
+    """C against log densities from torch.distributions, step by step, for each agent of an unequal team. Trained with 4
+    steps: with 2 each is twice as long, and the network is told of steps 0 and 2."""
+    policy = make_policy(DiffusionPolicy, steps=steps).double()
+    obs, noise = normal(6, 3, 5).double() * masks(OBS_SIZES), policy.noise(6).double()
     with torch.no_grad():
         action, run, term = policy(obs, noise)
         for agent, (o, a) in enumerate(zip(OBS_SIZES, ACTION_SIZES)):
@@ -152,14 +178,16 @@ def test_path_cost_equals_the_two_kernels_written_out():
             linear = lambda name, x: x @ weights[f"{name}.weight"] + weights[f"{name}.bias"]
             x = 2.5 * noise[0, :, agent, :a]
             log_w = -torch.distributions.Normal(0.0, 2.5).log_prob(x).sum(-1)
-            for n in range(policy.steps):
-                t = (policy.steps - n) / policy.steps
-                schedule = 0.999 * math.cos(math.pi / 2 * (1.008 - t) / 1.008) ** 2 + 0.001
-                eta = F.softplus(weights["rho_dt"]) * schedule / F.softplus(weights["rho_friction"])[:, :a]
-                angle = torch.linspace(0.1, 100.0, 8).double() * n + weights["phase"]
+            for n, part in enumerate(schedule(steps)):
+                eta = 4 / steps * F.softplus(weights["rho_dt"]) * part / F.softplus(weights["rho_friction"])[:, :a]
+                angle = torch.linspace(0.1, 100.0, 8).double() * n * 4 / steps + weights["phase"]
                 time = linear("time2", F.gelu(linear("time1", torch.cat([angle.sin(), angle.cos()], -1))))
                 wide = F.pad(x, (0, 3 - a))
-                h = linear("in_x", wide) + linear("in_obs", F.pad(obs[:, agent, :o], (0, 5 - o))) + linear("in_time", time)
+                h = (
+                    linear("in_x", wide)
+                    + linear("in_obs", F.pad(obs[:, agent, :o], (0, 5 - o)))
+                    + linear("in_time", time)
+                )
                 u = linear("out", F.gelu(linear("hidden2", F.gelu(linear("hidden1", F.gelu(h))))))[:, :a]
                 mean = x + eta * (-x / 2.5**2 + u)
                 after = mean + (2 * eta).sqrt() * noise[n + 1, :, agent, :a]
@@ -175,7 +203,7 @@ def test_path_cost_equals_the_two_kernels_written_out():
 def test_gaussian_cost_is_the_exact_log_density():
     policy = make_policy(GaussianPolicy).double()
     with torch.no_grad():
-        action, run, term = policy(torch.zeros(200_000, 3, 5).double(), policy.noise(200_000, generator()).double())
+        action, run, term = policy(torch.zeros(200_000, 3, 5).double(), policy.noise(200_000).double())
     # The entropy of a squashed Gaussian by histogram, agent 1 has one dimension.
     density, edges = np.histogram(action[:, 1, 0].numpy(), bins=400, range=(-1, 1), density=True)
     entropy = -np.sum(density * np.log(density + 1e-12)) * (edges[1] - edges[0])
@@ -183,8 +211,8 @@ def test_gaussian_cost_is_the_exact_log_density():
 
 
 def test_both_policies_are_asked_for_the_same_entropy():
-    noise = DiffusionPolicy(masks((1,)), masks((1,)), 8, 1).noise(100_000, generator())
-    diffusion, gaussian = (kind(masks((1,)), masks((1,)), 8, 1) for kind in POLICIES)
+    noise = normal(2, 100_000, 1, 1)
+    diffusion, gaussian = (make_policy(kind, [1], [1], denoising_steps=1) for kind in POLICIES)
     with torch.no_grad():
         _, _, term = diffusion(torch.zeros(100_000, 1, 1), noise)
         _, _, constant = gaussian(torch.zeros(1, 1, 1), noise[0, :1])
@@ -197,17 +225,15 @@ def test_both_policies_are_asked_for_the_same_entropy():
 @pytest.mark.parametrize("kind", POLICIES)
 def test_gradients_through_the_whole_chain(kind):
     """The policy loss's gradient for every parameter of every agent against finite differences, in double precision."""
-    policy = make_policy(kind).double()
-    critic = Critic(4, masks(ACTION_SIZES), make_args()).double().eval()
-    g = generator()
-    batch = dict(obs=torch.randn(5, 3, 5, generator=g).double(), state=torch.randn(5, 4, generator=g).double())
-    noise, alpha = policy.noise(5, g).double(), torch.tensor(0.7).double()
-    loss = lambda: policy_loss(critic, policy, alpha, batch, noise)[0]
+    learner = three_agents(kind).double()
+    policy, batch = learner.policy, dict(obs=normal(5, 3, 5).double(), state=normal(5, 4, seed=1).double())
+    noise = policy.noise(5).double()
+    loss = lambda: learner.policy_loss(batch, noise)[0]
     loss().backward()
     for name, p in policy.named_parameters():
         for agent in range(3):
             direction = torch.zeros_like(p)
-            direction[agent] = torch.randn(p[agent].shape, generator=g).double()
+            direction[agent] = torch.randn_like(p[agent])
             with torch.no_grad():
                 h = 1e-6
                 p += h * direction
@@ -236,12 +262,14 @@ def test_another_agents_observation_cannot_change_my_action(kind):
 def single_agent(kind, policy, agent):
     """Agent `agent` of `policy` as a policy of its own, without padding."""
     o, a, full = OBS_SIZES[agent], ACTION_SIZES[agent], max(ACTION_SIZES)
-    alone = kind(masks((o,)), masks((a,)), 8, 4)
+    alone = kind([o], [a], make_args(denoising_steps=4))
     own = dict(alone.named_parameters())
     for name, p in policy.named_parameters():
         value = p[agent : agent + 1]
         if name == "out.weight" or name == "out.bias":
-            value = torch.cat([part[..., :a] for part in value.split(full, -1)], -1)  # mean and log std for the Gaussian
+            value = torch.cat(
+                [part[..., :a] for part in value.split(full, -1)], -1
+            )  # mean and log std for the Gaussian
         own[name].data.copy_(value[tuple(slice(0, n) for n in own[name].shape)])
     return alone
 
@@ -261,9 +289,8 @@ def test_batched_agents_equal_separate_networks(kind):
 @pytest.mark.parametrize("kind", POLICIES)
 def test_padding_never_leaks(kind):
     policy, obs, noise = policy_with_inputs(kind)
-    critic, state = Critic(4, masks(ACTION_SIZES), make_args()).eval(), torch.zeros(7, 4)
-    garbage_obs, garbage_noise = obs + 1e3 * ~masks(OBS_SIZES), noise + 1e3 * ~masks(ACTION_SIZES)
-    results = [policy(o, n) for o, n in ((obs, noise), (garbage_obs, garbage_noise))]
+    critic, state = Critic(4, list(ACTION_SIZES), make_args()).eval(), torch.zeros(7, 4)
+    results = [policy(obs, numbers) for numbers in (noise, noise + 1e3 * ~masks(ACTION_SIZES))]
     for clean, dirty in zip(*results):
         assert torch.equal(clean, dirty)
     action, run, term = results[0]
@@ -276,59 +303,37 @@ def test_padding_never_leaks(kind):
         assert not out[a:3].any() and out[:a].all()
 
 
-def test_another_number_of_denoising_steps_walks_the_same_time():
-    """Same total step size, embedding index over the same range, and nothing changes if the number does not."""
-    policy, obs, noise = policy_with_inputs(DiffusionPolicy)
-    with torch.no_grad():
-        want = policy(obs, noise)
-    policy.set_steps(4)
-    with torch.no_grad():
-        assert all(torch.equal(x, y) for x, y in zip(want, policy(obs, noise)))
-    fine = DiffusionPolicy(masks((1,)), masks((1,)), 8, 400)
-    for steps in (200, 100):
-        total = fine.schedule.sum().item()
-        fine.set_steps(steps)
-        assert fine.schedule.sum().item() == pytest.approx(total, rel=0.02) and fine.noise(5, generator()).shape[0] == steps + 1
-        assert fine.index.flatten().tolist() == list(range(0, 400, 400 // steps))
-
-
 def test_fewer_denoising_steps_sample_nearly_the_same_distribution():
-    """A chain with a linear score, trained with 200 steps: with 50 it ends in nearly the same Gaussian, with other steps' times in another."""
+    """A chain with a linear score, trained with 200 steps, ends in nearly the same Gaussian with 50; not so if the time
+    that it walks were another."""
     ends = []
-    for steps in (200, 50):
-        policy = linear_chain(-1.0, 1.0, 200, dt=0.02)
-        policy.schedule = policy.schedule.double()
-        policy.set_steps(steps)
+    for steps, dt in ((200, 0.02), (50, 0.02), (50, 0.005)):
+        policy = linear_chain(-1.0, 1.0, steps, dt, trained_with=200)
         with torch.no_grad():
-            noise = torch.randn(steps + 1, 20_000, 1, 1, generator=generator(), dtype=torch.float64)
-            x = torch.atanh(policy(torch.zeros(20_000, 1, 1, dtype=torch.float64), noise)[0].flatten().clamp(-1 + 1e-12, 1 - 1e-12))
+            action = policy(torch.zeros(20_000, 1, 1).double(), normal(steps + 1, 20_000, 1, 1).double())[0]
+            x = torch.atanh(action.flatten().clamp(-1 + 1e-12, 1 - 1e-12))
         ends.append((x.mean().item(), x.std().item()))
-    assert ends[1] == pytest.approx(ends[0], abs=0.06), ends
-    assert ends[0][0] > 0.5 and ends[0][1] < 1.5  # it has gone somewhere: it started from mean 0, standard deviation 2.5
+    assert ends[1] == pytest.approx(ends[0], abs=0.06) != ends[2], ends
+    assert (
+        ends[0][0] > 0.5 and ends[0][1] < 1.5
+    )  # it has gone somewhere: it started from mean 0, standard deviation 2.5
 
 
 # --- critic ---
 
 
-def env_and_agent(**changes):
-    env = make_env("mpe_simple_speaker_listener")
-    torch.manual_seed(0)
-    return env, OMAD(env, make_args(**changes), torch.device("cpu"))
-
-
 @pytest.mark.parametrize("target_networks", [False, True])
 def test_critic_loss_equals_the_equation(target_networks):
     """The whole critic loss written out with loops, truncation (bootstraps) and termination (does not) mixed."""
-    env, agent = env_and_agent(target_networks=target_networks)
-    args, batch = agent.args, random_batch(env)
+    env, agent = env_and_agent(target_networks=target_networks, alpha=0.3, bn_warmup=10)
+    batch, noise = random_batch(env), agent.policy.noise(16)
     batch["terminated"][::3] = 1.0
-    noise, alpha = agent.policy.noise(16, generator()), torch.tensor(0.3)
-    loss, _ = critic_loss(agent.critic.train(), agent.target, agent.policy, alpha, batch, noise, args)
+    loss, logs = agent.critic_loss(batch, noise)
     with torch.no_grad():
         next_action, run, term = agent.policy(batch["next_obs"], noise)
         critic = agent.critic.train()
         if target_networks:
-            logits, after = critic(batch["state"], batch["action"]), agent.target(batch["next_state"], next_action)
+            logits, after = critic(batch["state"], batch["action"]), agent.slow_critic(batch["next_state"], next_action)
         else:
             both = critic(torch.cat([batch["state"], batch["next_state"]]), torch.cat([batch["action"], next_action]))
             logits, after = both[:, :16], both[:, 16:]
@@ -339,23 +344,22 @@ def test_critic_loss_equals_the_equation(target_networks):
             for b in range(16):
                 alive = 1 - batch["terminated"][b].item()
                 places = batch["reward"][b].item() + 0.9 * alive * (atoms - 0.3 * cost[b])
-                goals = [
-                    brute_force_projection([torch.softmax(after[j, b], -1).double().numpy()], [places], atoms)[0] for j in range(2)
-                ]
-                goal = (goals[0] + goals[1]) / 2
+                masses = [torch.softmax(after[j, b], -1).double().numpy() for j in range(2)]
+                goal = sum(brute_force_projection([mass], [places], atoms)[0] for mass in masses) / 2
                 want += (-(goal * np.log(probs[b])).sum() + 0.005 * (probs[b] * np.log(probs[b])).sum()) / 16
-    assert loss.item() == pytest.approx(want, rel=1e-4)
+    assert loss.item() == pytest.approx(want, rel=1e-4) == logs["losses/critic"].item()
+    assert not any(value.requires_grad for value in logs.values())  # or every update's graph would stay in memory
 
 
 def test_termination_does_not_bootstrap_and_truncation_does():
-    env, agent = env_and_agent(target_networks=True)
-    noise, alpha = agent.policy.noise(16, generator()), torch.tensor(0.3)
+    env, agent = env_and_agent(target_networks=True, alpha=0.3)
+    noise = agent.policy.noise(16)
 
     def loss(terminated, shift):
         batch = random_batch(env)
         batch["terminated"][:] = terminated
         batch["next_state"], batch["next_obs"] = batch["next_state"] + shift, batch["next_obs"] + shift
-        return critic_loss(agent.critic.train(), agent.target, agent.policy, alpha, batch, noise, agent.args)[0].item()
+        return agent.critic_loss(batch, noise)[0].item()
 
     assert loss(1.0, 0.0) == pytest.approx(loss(1.0, 1.0), abs=1e-5)
     assert abs(loss(0.0, 0.0) - loss(0.0, 1.0)) > 1e-3
@@ -363,14 +367,13 @@ def test_termination_does_not_bootstrap_and_truncation_does():
 
 def test_no_gradient_reaches_the_target():
     env, agent = env_and_agent()
-    batch, noise = random_batch(env), agent.policy.noise(16, generator())
-    critic_loss(agent.critic.train(), None, agent.policy, torch.tensor(0.3), batch, noise, agent.args)[0].backward()
-    assert all(p.grad is None for p in agent.policy.parameters())
+    agent.critic_loss(random_batch(env), agent.policy.noise(16))[0].backward()
+    assert all(p.grad is None for p in agent.policy.parameters()) and agent.log_alpha.grad is None
     assert all(p.grad.abs().sum() > 0 for p in agent.critic.parameters())
 
 
 def test_batch_renorm():
-    x = 2 + 3 * torch.randn(2, 512, 4, generator=generator())
+    x = 2 + 3 * normal(2, 512, 4)
     norm = BatchRenorm(2, 4, momentum=0.9, warmup=2)
     norm.scale.data.uniform_(0.5, 2), norm.shift.data.uniform_(-1, 1)
     flat = lambda p: p.reshape(8)
@@ -398,8 +401,7 @@ def test_renormalisation_corrections_carry_no_gradient():
     """The gradient past the warm-up is batch norm's times r: r and d are constants."""
     norm = BatchRenorm(1, 1, momentum=0.9, warmup=0)
     norm.mean.fill_(0.5), norm.var.fill_(2.0)
-    x = torch.randn(1, 8, 1, generator=generator()).requires_grad_()
-    weight = torch.randn(1, 8, 1, generator=generator(1))
+    x, weight = normal(1, 8, 1).requires_grad_(), normal(1, 8, 1, seed=1)
     (norm(x) * weight).sum().backward()
     plain = x.detach().clone().requires_grad_()
     s = (plain.var(1, correction=0) + 1e-3).sqrt()
@@ -410,9 +412,12 @@ def test_renormalisation_corrections_carry_no_gradient():
 
 def test_target_network_is_a_slow_average():
     env, agent = env_and_agent(target_networks=True, tau=0.25)
-    before = agent.target.layer1.weight.clone()
-    agent.update_critic(random_batch(env), agent.policy.noise(16, generator()))
-    np.testing.assert_allclose(agent.target.layer1.weight, 0.75 * before + 0.25 * agent.critic.layer1.weight.detach(), atol=1e-6)
+    before = {name: value.clone() for name, value in agent.slow_critic.state_dict().items()}
+    agent.update(random_batch(env), agent.policy.noise(16))
+    for name, fast in agent.critic.state_dict().items():
+        want = 0.75 * before[name] + 0.25 * fast if fast.is_floating_point() else fast
+        torch.testing.assert_close(agent.slow_critic.state_dict()[name], want)
+    assert not torch.equal(agent.slow_critic.state_dict()["norm1.mean"], before["norm1.mean"])  # statistics too
 
 
 # --- policies, temperature and updates ---
@@ -421,35 +426,31 @@ def test_target_network_is_a_slow_average():
 @pytest.mark.parametrize("kind", POLICIES)
 def test_policy_loss_equals_the_equation(kind):
     """E[-mean_k E[Z_k] + alpha sum_i C_i] written out with loops; the temperature gets sum_i run_i, not C."""
-    policy, critic = make_policy(kind), Critic(4, masks(ACTION_SIZES), make_args()).eval()
-    for p in critic.parameters():
-        p.data += torch.randn_like(p)  # so that the two critics differ
-    batch = dict(obs=torch.randn(6, 3, 5, generator=generator()), state=torch.randn(6, 4, generator=generator(1)))
-    noise = policy.noise(6, generator(2))
-    loss, logs, run_sum = policy_loss(critic, policy, torch.tensor(0.7), batch, noise)
+    agent = three_agents(kind)
+    batch, noise = dict(obs=normal(6, 3, 5), state=normal(6, 4, seed=1)), agent.policy.noise(6)
+    loss, logs, run_sum = agent.policy_loss(batch, noise)
     with torch.no_grad():
-        action, run, term = policy(batch["obs"], noise)
-        probs = torch.softmax(critic(batch["state"], action), -1)
+        action, run, term = agent.policy(batch["obs"], noise)
+        probs = torch.softmax(agent.critic.eval()(batch["state"], action), -1)
         atoms, want = np.linspace(-5, 5, 21), 0.0
         for b in range(6):
             value = sum(float((probs[k, b].numpy() * atoms).sum()) for k in range(2)) / 2
             cost = sum(run[b, i].item() + term[b, i].item() for i in range(3))
             want += (0.7 * cost - value) / 6
-    assert loss.item() == pytest.approx(want, rel=1e-4)
+    assert loss.item() == pytest.approx(want, rel=1e-4) == logs["losses/policy"].item()
+    assert logs["diag/entropy_bound"].item() == pytest.approx(-(run + term).sum(1).mean().item(), rel=1e-5)
     np.testing.assert_allclose(run_sum, run.sum(1), rtol=1e-5)
     assert not run_sum.requires_grad and not any(value.requires_grad for value in logs.values())
 
 
-def test_optimisers_and_logs():
+def test_optimisers():
     env, agent = env_and_agent(policy_lr=1e-3, q_lr=2e-3, alpha_lr=3e-3, adam_beta1=0.6)
-    settings = {name: (o.param_groups[0]["lr"], o.param_groups[0]["betas"][0]) for name, o in agent.optimizers.items()}
-    assert settings == {"policy": (1e-3, 0.6), "critic": (2e-3, 0.6), "alpha": (3e-3, 0.9)}
-    logs = agent.update_critic(random_batch(env), agent.policy.noise(16, generator())) | agent.update_policies(
-        random_batch(env), agent.policy.noise(16, generator())
-    )
-    assert not any(value.requires_grad for value in logs.values())  # or every update's graph would stay in memory
+    settings = [(adam.param_groups[0]["lr"], adam.param_groups[0]["betas"][0]) for adam in agent.adams]
+    assert settings == [(1e-3, 0.6), (2e-3, 0.6), (3e-3, 0.9)]
+    logs = agent.update(random_batch(env), agent.policy.noise(16), agent.policy.noise(16))
+    assert not any(value.requires_grad for value in logs.values())
     env, agent = env_and_agent(alpha=1e6)
-    agent.update_policies(random_batch(env), agent.policy.noise(16, generator()))
+    agent.update(random_batch(env), agent.policy.noise(16), agent.policy.noise(16))
     assert max(p.grad.abs().max() for p in agent.policy.parameters()) == 1.0  # clipped, element by element
 
 
@@ -458,58 +459,109 @@ def test_alpha_moves_the_right_way(scale, direction):
     """A path cost below its target means more noise than asked for: alpha falls. Above: it rises."""
     env, agent = env_and_agent(target_entropy_scale=scale)
     before = agent.log_alpha.item()
-    agent.update_policies(random_batch(env), agent.policy.noise(16, generator()))
+    agent.update(random_batch(env), agent.policy.noise(16), agent.policy.noise(16))
     assert (agent.log_alpha.item() - before) * direction > 0
 
 
 def test_the_temperature_target_counts_real_dimensions_and_the_run_only():
-    env, agent = env_and_agent()
-    assert agent.entropy_target == 4 * 5  # speaker 3, listener 2
-    log_alpha = torch.tensor(0.0, requires_grad=True)
-    loss, _ = omad.temperature_loss(log_alpha, torch.tensor([19.0, 22.0]), 20.0)
+    """4 for each of speaker's 3 and listener's 2; the gradient of log alpha is -alpha (mean - target)."""
+    env, agent = env_and_agent(alpha=2.0)
+    loss, logs = agent.temperature_loss(torch.tensor([19.0, 22.0]))
     loss.backward()
-    assert log_alpha.grad.item() == pytest.approx(-0.5)
+    assert agent.log_alpha.grad.item() == pytest.approx(-2.0 * 0.5) == loss.item()
+    assert (logs["diag/running_cost"].item(), logs["diag/alpha"].item()) == pytest.approx((20.5, 2.0))
 
 
 def test_fixed_temperature_stays():
     env, agent = env_and_agent(autotune=False, alpha=0.2)
-    agent.update_policies(random_batch(env), agent.policy.noise(16, generator()))
+    agent.update(random_batch(env), agent.policy.noise(16), agent.policy.noise(16))
     assert agent.log_alpha.exp().item() == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize("policy", ["diffusion", "gaussian"])
 def test_an_update_changes_what_it_should(policy):
+    """Of critics alone, and with the policies': these see the critics' new state, and leave it as it is."""
     env, agent = env_and_agent(policy=policy)
-    copy = lambda module: {name: value.clone() for name, value in module.named_parameters()}
-    batch = random_batch(env)
-    policy_before, critic_before = copy(agent.policy), copy(agent.critic)
-    agent.update_critic(batch, agent.policy.noise(16, generator()))
-    assert all(torch.equal(value, policy_before[name]) for name, value in agent.policy.named_parameters())
-    assert all(not torch.equal(value, critic_before[name]) for name, value in agent.critic.named_parameters())
-    critic_before = copy(agent.critic)
-    buffers = {name: value.clone() for name, value in agent.critic.named_buffers()}
-    agent.update_policies(batch, agent.policy.noise(16, generator()))
-    assert all(torch.equal(value, critic_before[name]) for name, value in agent.critic.named_parameters())
-    assert all(torch.equal(value, buffers[name]) for name, value in agent.critic.named_buffers())  # statistics too
-    for name, value in agent.policy.named_parameters():  # every agent moves in the one step
-        moved = (value != policy_before[name]).flatten(1).any(1)
-        assert moved.all(), name
+    copy = lambda module: {name: value.clone() for name, value in module.state_dict().items()}
+    batch, noise = random_batch(env), agent.policy.noise(16)
+    start = copy(agent)
+    agent.update(batch, noise)
+    alone = copy(agent)
+    for name, value in alone.items():
+        moves = name.startswith("critic.")
+        assert moves != torch.equal(value, start[name]), name
+    _, agent = env_and_agent(policy=policy)
+    logs = agent.update(batch, noise, agent.policy.noise(16))
+    for name, value in agent.state_dict().items():
+        if name.startswith("critic."):  # statistics too
+            assert torch.equal(value, alone[name]), name
+        elif name.startswith("policy."):  # every agent moves in the one step
+            assert (value != start[name]).flatten(1).any(1).all(), name
+    assert agent.log_alpha != start["log_alpha"]
+    assert {"losses/critic", "losses/policy", "losses/temperature"} <= set(logs)
 
 
-def test_initialisation_uses_the_true_number_of_inputs():
+@pytest.mark.parametrize("kind", POLICIES)
+def test_initialisation_uses_the_true_number_of_inputs(kind):
+    """Not that of the largest agent: the first layer's weights are as large as its own inputs ask for."""
     torch.manual_seed(0)
-    layer = ParallelLinear(2, 400, 400, torch.tensor([100, 400]))
-    np.testing.assert_allclose(layer.weight.detach().std(dim=(1, 2)), [0.1, 0.05], rtol=0.02)
+    policy = kind([100, 400], [2, 2], make_args(policy_hidden=400))
+    inputs = np.array([100, 400]) + (402 if kind is DiffusionPolicy else 0)  # actions and the embedded step
+    np.testing.assert_allclose(policy.in_obs.weight.detach().std(dim=(1, 2)), inputs**-0.5, rtol=0.02)
+
+
+# --- replay ---
 
 
 def test_replay_is_a_ring():
     env = make_env("mpe_simple_spread")
-    replay = omad.Replay(env, 10, torch.device("cpu"))
+    replay = Replay(env, 10, torch.device("cpu"))
+    shapes = dict(obs=(3, 18), next_obs=(3, 18), state=(54,), next_state=(54,), action=(3, 2), reward=(), terminated=())
     for start in range(0, 24, 4):
-        rows = {name: np.zeros((4, *values.shape[1:]), np.float32) for name, values in replay.data.items()}
-        replay.add(**rows | {"reward": np.arange(start, start + 4)})
-        last = range(max(0, start + 4 - 10), start + 4)
-        assert sorted(replay.data["reward"][: len(last)].tolist()) == list(last)
-    assert sorted(replay.data["reward"].tolist()) == list(range(14, 24))
-    counts = np.bincount(replay.sample(replay.draw(20_000, generator()))["reward"].int(), minlength=24)
-    assert counts[:14].sum() == 0 and counts[14:].min() > 1800
+        number = np.arange(start, start + 4, dtype=np.float32)
+        new = {name: np.stack([np.full(shape, k) for k in number]) for name, shape in shapes.items()}
+        replay.add(**new | {"terminated": number % 2 == 0, "next_obs": new["next_obs"] + 0.5})
+        count = min(start + 4, 10)
+        batch = replay.sample(torch.arange(count))
+        assert sorted(batch["reward"].tolist()) == list(range(max(0, start + 4 - 10), start + 4))
+        assert replay.added == start + 4
+    number = batch["reward"]
+    want = dict.fromkeys(shapes, number) | {"terminated": number % 2 == 0, "next_obs": number + 0.5}
+    for name, shape in shapes.items():  # every part of a row is of the same transition
+        assert batch[name].shape == (10, *shape) and (batch[name].reshape(10, -1) == want[name][:, None]).all(), name
+
+
+def test_what_is_kept_of_an_episode(tmp_path, monkeypatch):
+    """True final observations, no terminations, and nothing across the border of two episodes."""
+    kept, add = [], Replay.add
+
+    def spy(self, **new):
+        kept.append({name: np.copy(value) for name, value in new.items()})
+        add(self, **new)
+
+    monkeypatch.setattr(Replay, "add", spy)
+    short = "--total-timesteps 400 --num-envs 4 --eval-every 200 --eval-episodes 1 --learning-starts 399 --device cpu"
+    assert main([*short.split(), "--updates-per-step", "0.25", "--run-dir", str(tmp_path)]) == 0
+    data = {name: np.stack([new[name] for new in kept]) for name in kept[0]}  # [steps, E, ...]
+    assert len(kept) == 100 and not data["terminated"].any()  # this task only ever truncates
+    for state, obs in (("state", "obs"), ("next_state", "next_obs")):
+        assert np.array_equal(data[state], data[obs].reshape(100, 4, -1))
+    follows = (data["next_obs"][:-1] == data["obs"][1:]).all((2, 3))  # [99, E]
+    assert [set(np.flatnonzero(~column) + 1) for column in follows.T] == [{25, 50, 75}] * 4
+    moved = data["next_obs"] - data["obs"]  # the position after is that before + 0.1 velocity
+    np.testing.assert_allclose(moved[..., 2:4], 0.1 * data["obs"][..., :2], atol=1e-5)
+    assert np.abs(data["action"]).max() <= 1 and data["action"].std() == pytest.approx(3**-0.5, abs=0.02)  # uniform
+
+
+def test_a_checkpoint_holds_what_is_in_the_replay_and_not_its_empty_rest(tmp_path, monkeypatch):
+    """Else every run writes its whole replay from the start: 3 GB for a robot."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(OMAD, "update", interrupt)
+    short = "--total-timesteps 50000 --num-envs 4 --eval-every 100 --eval-episodes 1 --learning-starts 100 --device cpu"
+    sizes = "--updates-per-step 0.25 --policy-hidden 8 --critic-hidden 8"
+    assert main([*short.split(), *sizes.split(), "--run-dir", str(tmp_path)]) == 130
+    (path,) = tmp_path.glob("*/checkpoint.pt")
+    assert load(path)["step"] == 100 and path.stat().st_size < 1_000_000
