@@ -6,11 +6,10 @@
     python dom2.py --resume runs/<run>            # goes on after a crash; on the CPU as if it had not happened
 
 Method: "Improving Generalization and Data Efficiency with Diffusion in Offline Multi-agent RL", arXiv 2307.01472
-[DOM2], whose code is not public. What is not its is marked [deviation En]; README.md has the reasons, and how sure we
-are of each equation.
+[DOM2], whose code is not public. What is not its is marked [deviation En]; README.md says why, and how sure we are.
 
 Every agent learns alone from its own observations, actions and rewards, and acts alone. Its policy turns Gaussian noise
-into an action by a few steps of a fast ODE solver. It is trained to imitate the data (a diffusion loss) and, at the same
+into an action by a few steps of a fast ODE solver. It learns to imitate the data (a diffusion loss) and, at the same
 time, to raise its own critic, by the gradient through all solver steps. The twin critics are pessimistic about actions
 outside the data (CQL). Trajectories with a high return are sampled more often.
 
@@ -26,6 +25,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -39,8 +39,9 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from common.datasets import Dataset, check_sizes, find_env_id, is_folder, normalize, open_dataset
-from common.envs import BadInput, TeamEnv, evaluate, find_task, make_env, make_vec, mix_seed, record_video, versions
+from common.datasets import SPLITS, Dataset, check_sizes, find_env_id, is_folder, normalize, open_dataset, stack_rows
+from common.envs import BadInput, TeamEnv, demonstrate, evaluate, find_task, make_env, make_vec, mix_seed, record_video
+from common.envs import versions
 
 
 # 1. Arguments =========================================================================================================
@@ -67,7 +68,6 @@ class Args:
     evaluate: str = ""  # only evaluate the policy of the run in this directory, or a policy.pt
     shift: str = ""  # with --evaluate: speed (particle tasks), fewer (six landmarks), random or extreme (HalfCheetah)
     capture_video: bool = False  # write a video of the final (or the evaluated) policy to a folder videos beside it
-    # --- learning ---
     batch_size: int = 256  # B, transitions per update and agent
     gamma: float = 0.95  # discount factor
     tau: float = 0.01  # averaging rate of the target policies and critics; the averaged policies act
@@ -75,21 +75,18 @@ class Args:
     q_lr: float = 3e-3  # learning rate of the critics
     lr_decay: bool = True  # let both rates fall to zero along half a cosine, so that a run ends quietly
     grad_clip: float = 10.0  # bound on the norm of each agent's gradient
-    # --- policies ---
     policy: Literal["diffusion", "deterministic"] = "diffusion"  # the method; or the baseline MA-CQL, critics all equal
     network: Literal["unet", "mlp"] = "unet"  # noise prediction: a residual U-Net with skips, or three layers
     policy_hidden: int = 32  # H, width of each agent's network; layers that see the observation have 128 or more
     solver_steps: int = 5  # K, steps from noise to action
     q_weight: float = 1.0  # eta, weight of the critic's gradient against imitation; 0: imitation only, no critics
     q_scale: Literal["spread", "mean"] = "spread"  # eta's unit: how Q varies over actions, or mean |Q| as in the paper
-    # --- critic ---
     critic_hidden: int = 64  # width of each critic
     cql_weight: float = 1.0  # zeta, weight of the pessimism about actions outside the data
     cql_actions: int = 10  # M, uniform actions per state in the CQL term
     cql_own: bool = False  # the policies' own actions beside them, which most critics of robots and chases need
     q_rows: float = 0.5  # share of the batch on which policies are asked for actions for the critic's gradient
     cql_rows: float = 0.25  # share of the batch in the CQL term
-    # --- reweighting ---
     reweight: bool = True  # sample good trajectories more often
     thresholds: int = 3  # a trajectory counts once, and once more for each of these returns that it reaches
     top_quantile: float = 0.98  # quantile of the returns at the highest threshold; the lowest is their mean
@@ -101,39 +98,34 @@ ROBOT = dict(
     policy_hidden=64, critic_hidden=64,
 )  # fmt: skip
 CHASE = dict(gamma=0.95, policy_lr=1e-2, cql_weight=16.0, cql_own=True)
-OWN = {
-    "omar_simple_spread": dict(gamma=0.9),
-    "omar_simple_spread-random": dict(q_weight=480.0, cql_weight=0.5, total_updates=16_000, eval_every=2_000),
-    "omar_simple_spread-random-medium": dict(q_weight=10.0, cql_weight=0.25),
-    "omar_simple_spread-medium-replay": dict(q_weight=10.0),
-    "omar_simple_spread-medium": dict(q_weight=8.0),
-    "omar_simple_spread-medium-expert": dict(q_weight=2.0, cql_weight=2.0),
-    "omar_simple_spread-expert": dict(q_weight=1.0, cql_weight=2.0),
-    "omar_simple_tag": CHASE,
-    "omar_simple_tag-random": dict(policy_lr=3e-3, q_weight=4.0, cql_weight=1.0, total_updates=8_000),
-    **dict.fromkeys(("omar_simple_tag-random-medium", "omar_simple_tag-medium-replay"), dict(q_weight=0.4, thresholds=8)),
-    "omar_simple_tag-medium": dict(q_weight=0.2),
-    **dict.fromkeys(("omar_simple_tag-medium-expert", "omar_simple_tag-expert"), dict(q_weight=0.0125)),
-    "omar_simple_world": CHASE,
-    "omar_simple_world-random": dict(policy_lr=3e-3, q_weight=4.0, cql_weight=0.25, cql_own=False, total_updates=8_000),
-    "omar_simple_world-random-medium": dict(q_weight=0.4),
-    "omar_simple_world-medium-replay": dict(q_weight=0.4, thresholds=8),
-    "omar_simple_world-medium": dict(q_weight=0.8),
-    **dict.fromkeys(("omar_simple_world-medium-expert", "omar_simple_world-expert"), dict(q_weight=0.0125)),
-    "omar_halfcheetah_2x3": ROBOT,
-    "omar_halfcheetah_2x3-random": dict(q_weight=128.0, cql_weight=32.0),
-    "omar_halfcheetah_2x3-random-medium": dict(q_weight=4.0, cql_weight=32.0),
-    "omar_halfcheetah_2x3-medium-replay": dict(q_weight=4.0, cql_weight=2.0),
-    "omar_halfcheetah_2x3-medium": dict(thresholds=8),
-    "omar_halfcheetah_2x3-expert": dict(q_weight=2.0),
+SPREAD, TAG, WORLD, CHEETAH = "omar_simple_spread", "omar_simple_tag", "omar_simple_world", "omar_halfcheetah_2x3"
+TASKS = {SPREAD: dict(gamma=0.9), TAG: CHASE, WORLD: CHASE, CHEETAH: ROBOT}
+# The same for random, random-medium, medium-replay, medium, medium-expert and expert data: eta, zeta, and what differs.
+Q_WEIGHTS = {
+    SPREAD: (480.0, 10.0, 10.0, 8.0, 2.0, 1.0), TAG: (4.0, 0.4, 0.4, 0.2, 0.0125, 0.0125),
+    WORLD: (4.0, 0.4, 0.4, 0.8, 0.0125, 0.0125), CHEETAH: (128.0, 4.0, 4.0, 1.0, 1.0, 2.0),
+}  # fmt: skip
+CQL_WEIGHTS = {
+    SPREAD: (0.5, 0.25, 1.0, 1.0, 2.0, 2.0), TAG: (1.0, *[16.0] * 5), WORLD: (0.25, *[16.0] * 5),
+    CHEETAH: (32.0, 32.0, 2.0, 8.0, 8.0, 8.0),
+}  # fmt: skip
+OTHERS = {
+    f"{SPREAD}-random": dict(total_updates=16_000, eval_every=2_000),
+    f"{TAG}-random": dict(policy_lr=3e-3, total_updates=8_000),
+    f"{WORLD}-random": dict(policy_lr=3e-3, total_updates=8_000, cql_own=False),
+    **dict.fromkeys((f"{TAG}-random-medium", f"{TAG}-medium-replay", f"{CHEETAH}-medium"), dict(thresholds=8)),
+    f"{WORLD}-medium-replay": dict(thresholds=8),
 }
 
 
 def preset(dataset: str, env_id: str = "") -> Args:
     """The defaults of a data set: by its task and, if it has a name, by its split. Raises `BadInput`."""
-    env_id = find_env_id(dataset, env_id)
-    task = ROBOT if env_id.startswith("mamujoco_") else OWN.get(env_id, {})
-    return Args(dataset=dataset, **task | OWN.get(dataset, {}))
+    env_id, split = find_env_id(dataset, env_id), dataset.partition("-")[2]
+    values = ROBOT if env_id.startswith("mamujoco_") else TASKS.get(env_id, {})
+    if not is_folder(dataset):
+        place = SPLITS.index(split)
+        values = values | dict(q_weight=Q_WEIGHTS[env_id][place], cql_weight=CQL_WEIGHTS[env_id][place])
+    return Args(dataset=dataset, **values | OTHERS.get(dataset, {}))
 
 
 # 2. Policy ============================================================================================================
@@ -201,15 +193,12 @@ class DiffusionPolicy(nn.Module):
     """N independent diffusion policies pi_j(a_j | o_j): a noise prediction eps_j(x, o_j, t), sampled with a DPM-Solver.
 
     Forward process: x_t ~ N(alpha_t a, sigma_t^2 I) for t from 0 to 1, with alpha_t^2 + sigma_t^2 = 1 and
-    log alpha_t = -(20 - 0.1) t^2 / 4 - 0.1 t / 2 [DOM2 SDE]. Sampling goes back from x_1 ~ N(0, I) in K steps.
-    """
-
-    END = 1e-3  # where sampling ends; at t = 0 there is no noise to predict
+    log alpha_t = -(20 - 0.1) t^2 / 4 - 0.1 t / 2 [DOM2 SDE]. Sampling goes back from x_1 ~ N(0, I) in K steps."""
 
     def __init__(self, obs_sizes: list[int], action_sizes: list[int], args: Args, steps: int = 0):
         super().__init__()
         n, o, a, hidden = len(obs_sizes), max(obs_sizes), max(action_sizes), args.policy_hidden
-        wide, joined = max(128, hidden), max(64, hidden // 4)  # of layers for observations, and of where time joins them
+        wide, joined = max(128, hidden), max(64, hidden // 4)  # of layers for observations; of where time joins them
         real = torch.arange(a) < torch.tensor(action_sizes)[:, None]  # [N, A]
         self.register_buffer("action_mask", real.float()[:, None], persistent=False)  # [N, 1, A]
         self.register_buffer("obs_mean", torch.zeros(n, o))  # observations are counted in these units: see `Data`
@@ -220,8 +209,8 @@ class DiffusionPolicy(nn.Module):
         self.join_time = ParallelLinear(n, 32, joined)
         self.network = (UNet if args.network == "unet" else MLP)(n, a, hidden)
         self.tell = ParallelLinear(n, joined, sum(self.network.widths))
-        # Times [K + 1], finer towards the end [deviation E1]: even steps end far from the data's spread.
-        times = torch.linspace(1.0, self.END ** (1 / 3), (steps or args.solver_steps) + 1, dtype=torch.float64) ** 3
+        # Times [K + 1] from 1 to 0.001, finer towards the end [deviation E1]: even ones end far from the data's spread.
+        times = torch.linspace(1.0, 0.1, (steps or args.solver_steps) + 1, dtype=torch.float64) ** 3
         self.alpha, self.sigma = (scale.tolist() for scale in self.scales(times))
         self.register_buffer("times", times.float(), persistent=False)
 
@@ -232,8 +221,7 @@ class DiffusionPolicy(nn.Module):
 
     def noise(self, batch: int) -> Tensor:
         """Where one chain starts: [N, B, A] standard normal numbers. The solver itself is deterministic."""
-        n, _, a = self.action_mask.shape
-        return torch.randn(n, batch, a, device=self.action_mask.device)
+        return torch.randn(self.action_mask.expand(-1, batch, -1).shape, device=self.action_mask.device)
 
     def condition(self, obs: Tensor, t: Tensor) -> Tensor:
         """What the network is told at times t [K, B or 1]: obs [N, B, O] -> [N, K, B, C], once for a whole chain."""
@@ -241,28 +229,22 @@ class DiffusionPolicy(nn.Module):
         wave = torch.cat([angle.sin(), angle.cos()], -1).flatten(0, 1).expand(len(obs), -1, -1)  # [N, K * (B or 1), 32]
         time = self.join_time(F.silu(self.time(wave))).unflatten(1, (len(t), -1))  # [N, K, B or 1, joined]
         seen = self.join_obs(F.silu(self.obs2(F.silu(self.obs1(obs)))))  # [N, B, joined]
-        both = F.silu(seen[:, None] + time).flatten(1, 2)  # [N, K * B, joined]
-        return self.tell(both).unflatten(1, (len(t), -1))
-
-    def predict(self, x: Tensor, condition: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> Tensor:
-        """The noise in x [N, B, A]: eps = sigma_t x + alpha_t network(x, o, t) [deviation E6]. At t = 1, where the solver
-        divides by alpha = 0.007, nearly all of x is noise, and an error of the network must not count 150 times."""
-        return (sigma * x + alpha * self.network(x, condition)) * self.action_mask
+        return self.tell(F.silu(seen[:, None] + time).flatten(1, 2)).unflatten(1, (len(t), -1))
 
     def forward(self, obs: Tensor, noise: Tensor) -> Tensor:
         """obs [N, B, O], noise as above -> action [N, B, A] in [-1, 1]. A first-order step from s to t [DOM2 solver]:
 
             x_t = (alpha_t / alpha_s) x_s - sigma_t (exp(lambda_t - lambda_s) - 1) eps,   lambda = log(alpha / sigma)
 
-        or, with the action estimated as a = (x_s - sigma_s eps) / alpha_s: x_t = alpha_t a + sigma_t eps. In this form
-        the estimate can be kept in the box [deviation E2].
-        """
+        With eps = sigma_s x_s + alpha_s v, where v is what the network predicts [deviation E6], the action implied is
+        a = alpha_s x_s - sigma_s v, and x_t = alpha_t a + sigma_t eps. So a can be kept in the box [deviation E2]."""
         x, conditions = noise * self.action_mask, self.condition(obs, self.times[:-1, None]).unbind(1)
         for k, (condition, alpha, sigma) in enumerate(zip(conditions, self.alpha, self.sigma)):
-            action = ((x - sigma * self.predict(x, condition, alpha, sigma)) / alpha).clamp(-1.0, 1.0)
-            eps = (x - alpha * action) / sigma
-            x = self.alpha[k + 1] * action + self.sigma[k + 1] * eps
-        return x.clamp(-1.0, 1.0)
+            v = self.network(x, condition) * self.action_mask
+            action = F.hardtanh(torch.sub(alpha * x, v, alpha=sigma))
+            ratio = self.sigma[k + 1] / sigma  # eps is (x - alpha a) / sigma
+            x = torch.add(ratio * x, action, alpha=self.alpha[k + 1] - ratio * alpha)
+        return F.hardtanh(x)
 
 
 class DeterministicPolicy(nn.Module):
@@ -275,8 +257,8 @@ class DeterministicPolicy(nn.Module):
         self.register_buffer("action_mask", real.float()[:, None], persistent=False)  # [N, 1, A]
         self.register_buffer("obs_mean", torch.zeros(n, o))
         self.register_buffer("obs_std", torch.ones(n, o))
-        self.layer1, self.layer2 = ParallelLinear(n, o, hidden, torch.tensor(obs_sizes)), ParallelLinear(n, hidden, hidden)
-        self.out = ParallelLinear(n, hidden, a)
+        self.layer1 = ParallelLinear(n, o, hidden, torch.tensor(obs_sizes))
+        self.layer2, self.out = ParallelLinear(n, hidden, hidden), ParallelLinear(n, hidden, a)
 
     def noise(self, batch: int) -> Tensor:
         return torch.zeros(len(self.action_mask), batch, 0, device=self.action_mask.device)  # none is needed
@@ -291,9 +273,8 @@ class DeterministicPolicy(nn.Module):
 class Critic(nn.Module):
     """Twin critics of every agent: obs [N, B, O], action [N, M * B, A] -> [Q, N, M * B], for M actions per observation.
 
-    Q = shift + scale * network, in units of the rewards in the data [deviation E7]: a network that starts at 0 needs
-    thousands of updates to climb to values around 150, and the policies follow it meanwhile.
-    """
+    Q = shift + scale * network, in units of the data's rewards [deviation E7]: else it takes thousands of updates to
+    climb to values around 150, and the policies follow it meanwhile."""
 
     def __init__(self, obs_sizes: list[int], action_sizes: list[int], args: Args):
         super().__init__()
@@ -329,23 +310,22 @@ class DOM2(nn.Module):
         self.slow_policy = copy.deepcopy(self.policy).requires_grad_(False)
         self.slow_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.q_rows, self.cql_rows = (max(1, round(share * args.batch_size)) for share in (args.q_rows, args.cql_rows))
-        on_gpu, rate = dict(fused=True, capturable=device.type == "cuda"), lambda lr: torch.tensor(lr, device=device)
-        self.policy_adam = torch.optim.Adam(self.policy.parameters(), rate(args.policy_lr), **on_gpu)
-        self.critic_adam = torch.optim.Adam(self.critic.parameters(), rate(args.q_lr), **on_gpu)
-        self.adams = (self.policy_adam, self.critic_adam)  # with rates as tensors, which a captured graph reads anew
+        adam = partial(torch.optim.Adam, fused=True, capturable=device.type == "cuda")  # rates: a graph reads tensors
+        self.policy_adam = adam(self.policy.parameters(), torch.tensor(args.policy_lr, device=device))
+        self.critic_adam = adam(self.critic.parameters(), torch.tensor(args.q_lr, device=device))
+        self.adams = (self.policy_adam, self.critic_adam)
         if args.compile:
-            for name in ("critic_loss", "imitation_loss", "value_loss"):
-                setattr(self, name, torch.compile(getattr(self, name)))
+            losses = (self.critic_loss, self.imitation_loss, self.value_loss)
+            self.critic_loss, self.imitation_loss, self.value_loss = map(torch.compile, losses)
 
     def critic_loss(self, batch: Batch, uniform: Tensor, noise: Tensor) -> tuple[Tensor, Logs, Tensor]:
         """Bellman error, and pessimism about actions outside the data, summed over agents [DOM2 critic]:
 
             L = sum_q E[(Q_q(o, a) - y)^2] + zeta E[logsumexp_M Q_q(o, a~) - Q_q(o, a)]
-            y = r + gamma (1 - terminated) min_q Q'_q(o', b'),   b' and Q' of the averaged policy and critics
+            y = r + gamma (1 - terminated) min_q Q'_q(o', b'),   b' and Q' averaged; a truncated step is not terminated
 
-        A truncated step is not terminated. a~ are M uniform actions [M, N, rows, A] on the first `rows` of the batch
-        [deviation E3], with `cql_own` one of the averaged policy too. Also returns how much Q varies over them [N].
-        """
+        a~ are M uniform actions [M, N, rows, A] on the first `rows` of the batch [deviation E3], with `cql_own` one of
+        the averaged policy too. Also returns how much Q varies over them [N]."""
         (m, n, rows, a), args = uniform.shape, self.args
         others = uniform.transpose(0, 1).reshape(n, m * rows, a)
         with torch.no_grad():
@@ -364,30 +344,27 @@ class DOM2(nn.Module):
         return loss, {name: x.detach() for name, x in logs.items()}, spread
 
     def imitation_loss(self, batch: Batch, t: Tensor, eps: Tensor) -> tuple[Tensor, Logs]:
-        """L = E || (eps - eps_theta(alpha_t a + sigma_t eps, o, t)) / alpha_t ||^2, summed over agents [DOM2 imitation].
+        """L = E || alpha_t eps - sigma_t a - v_theta(alpha_t a + sigma_t eps, o, t) ||^2, over agents [DOM2 imitation].
 
-        t [1, B], eps [N, B, A]. Divided by alpha_t [deviation E6], so that the network's errors count alike at all times:
-        else those hardly do at which the action has to be inferred from the observation.
-        """
+        t [1, B], eps [N, B, A]. It is the paper's || eps - eps_theta ||^2 over alpha_t^2 [deviation E6]: errors count
+        alike at all times, else they hardly do at those at which the action has to be inferred."""
         alpha, sigma = self.policy.scales(t[..., None])  # [1, B, 1]
-        eps, condition = eps * self.policy.action_mask, self.policy.condition(batch["obs"], t).squeeze(1)  # [N, B, C]
-        predicted = self.policy.predict(alpha * batch["action"] + sigma * eps, condition, alpha, sigma)
-        loss = (((eps - predicted) / alpha) ** 2).sum(-1).mean(1).sum()
+        eps, action, condition = eps * self.policy.action_mask, batch["action"], self.policy.condition(batch["obs"], t)
+        v = self.policy.network(alpha * action + sigma * eps, condition.squeeze(1)) * self.policy.action_mask
+        loss = ((alpha * eps - sigma * action - v) ** 2).sum(-1).mean(1).sum()
         return loss, {"losses/imitation": loss.detach()}
 
     def value_loss(self, batch: Batch, noise: Tensor, spread: Tensor) -> tuple[Tensor, Logs]:
-        """L = -eta E[min_q Q_q(o, b)] / scale, b from the policy, summed over agents [DOM2 value].
+        """L = -eta E[min_q Q_q(o, b)] / scale, b from the policy by all solver steps, summed over agents [DOM2 value].
 
-        The gradient runs through all solver steps. scale is E|Q(o, a)| in the paper; by default how much Q varies over
-        actions [deviation E4], because where returns are large and actions matter little every eta were too small.
-        """
+        scale is E|Q(o, a)| in the paper; by default how much Q varies over actions [deviation E4], because where
+        returns are large and actions matter little every eta were too small."""
         obs = batch["obs"][:, : self.q_rows]
         action = self.policy(obs, noise)
         value, scale = self.critic(obs, action).amin(0), spread  # [N, rows], [N]
         if self.args.q_scale == "mean":
-            with torch.no_grad():
-                scale = self.critic(obs, batch["action"][:, : self.q_rows]).amin(0).abs().mean(-1)
-        eta = self.args.q_weight if self.args.policy == "diffusion" else 1.0  # another would only mean another grad_clip
+            scale = self.critic(obs, batch["action"][:, : self.q_rows]).amin(0).abs().mean(-1).detach()
+        eta = 1.0 if self.args.policy == "deterministic" else self.args.q_weight  # there it would only change grad_clip
         loss = -(eta * value.mean(-1) / scale.clamp(min=1e-6)).sum()
         logs = {"losses/value": loss.detach(), "diag/policy_value": value.detach().mean()}
         return loss, logs | {"diag/action_saturation": (action.detach().abs() > 0.99).float().mean()}
@@ -400,22 +377,17 @@ class DOM2(nn.Module):
         if args.policy == "deterministic":
             return [uniform, *(self.policy.noise(b) for _ in range(4))]
         eps, next_noise = torch.randn(n, b, a, device=device), self.policy.noise(b)
-        t = self.policy.END + (1 - self.policy.END) * torch.rand(1, b, device=device)
+        t = 1e-3 + (1 - 1e-3) * torch.rand(1, b, device=device)
         return [uniform, next_noise, t, eps, self.policy.noise(self.q_rows)]
 
     def update(self, batch: Batch, uniform: Tensor, next_noise: Tensor, t: Tensor, eps: Tensor, noise: Tensor) -> Logs:
         """One update of critics, if anybody asks them, policies and averages."""
-        loss, logs, diffusion = 0.0, {}, self.args.policy == "diffusion"
-        guided = self.args.q_weight > 0 or not diffusion  # imitation alone asks no critic, and trains none
-        if guided:
-            critic_loss, logs, spread = self.critic_loss(batch, uniform, next_noise)
+        loss, logs = self.imitation_loss(batch, t, eps) if self.args.policy == "diffusion" else (0.0, {})
+        if self.args.q_weight > 0:  # imitation alone asks no critic, and trains none
+            critic_loss, critic_logs, spread = self.critic_loss(batch, uniform, next_noise)
             self.descend(self.critic_adam, critic_loss)
-        if diffusion:
-            loss, more = self.imitation_loss(batch, t, eps)
-            logs |= more
-        if guided:
-            value, more = self.value_loss(batch, noise, spread)
-            loss, logs = loss + value, logs | more
+            value_loss, value_logs = self.value_loss(batch, noise, spread)
+            loss, logs = loss + value_loss, logs | critic_logs | value_logs
         self.descend(self.policy_adam, loss)
         with torch.no_grad():
             for slow, fast in ((self.slow_policy, self.policy), (self.slow_critic, self.critic)):
@@ -429,8 +401,7 @@ class DOM2(nn.Module):
         loss.backward(inputs=parameters)
         grads = [p.grad.view(n, -1) for p in parameters]  # [N, ...]: an agent's two critics stand side by side
         scale = (self.args.grad_clip / (torch.cat(grads, 1).norm(dim=1, keepdim=True) + 1e-6)).clamp(max=1.0)  # [N, 1]
-        for grad in grads:
-            grad.mul_(scale)
+        torch._foreach_mul_(grads, [scale] * len(grads))
         adam.step()
 
 
@@ -438,8 +409,7 @@ def graphed(function: Callable, enabled: bool) -> Callable:
     """A function of tensors; if `enabled`, captured as a CUDA graph for each set of shapes: one launch, not hundreds.
 
     It must neither wait nor draw random numbers. Its result is overwritten by the next call. Three plain calls come
-    first, in which libraries and optimisers set themselves up.
-    """
+    first, in which libraries and optimisers set themselves up."""
     calls, graphs = {}, {}
 
     def call(*inputs: Tensor):
@@ -461,18 +431,16 @@ def graphed(function: Callable, enabled: bool) -> Callable:
 
 # 5. Data and training =================================================================================================
 def trajectory_weights(returns: np.ndarray, count: int, top: float) -> np.ndarray:
-    """1 + how many of `count` thresholds a trajectory's return reaches [K] [DOM2 reweighting]."""
-    thresholds = np.linspace(returns.mean(), max(np.quantile(returns, top), returns.mean()), count)
-    return 1 + (returns[:, None] >= thresholds).sum(1)
+    """1 + how many of `count` thresholds a trajectory's return reaches, for each agent [K, N] [DOM2 reweighting]."""
+    mean, high = returns.mean(0), np.quantile(returns, top, 0)
+    return 1 + (returns >= np.linspace(mean, np.maximum(mean, high), count)[:, None]).sum(0)
 
 
 class Data:
-    """A data set on the device: one row per transition and agent, of which a batch holds views by name. Observations are
-    counted from their mean, and those that vary by more than 1 in units of their standard deviation [deviation E8].
+    """A data set on the device: one row per transition and agent, of which a batch holds views by name.
 
-    Each agent draws its own rows: row t of agent j is as likely as the weight of its trajectory, the step from
-    `upto`[j, t - 1] to `upto`[j, t].
-    """
+    Observations are counted from their mean; those that vary by more than 1, in units of their standard deviation
+    [deviation E8]. Each agent draws its own rows, row t with its trajectory's weight, `upto`[t] - `upto`[t - 1]."""
 
     def __init__(self, data: Dataset, env: TeamEnv, args: Args, device: torch.device):
         n, o, a = env.num_agents, env.obs_mask.shape[1], env.action_mask.shape[1]
@@ -480,18 +448,14 @@ class Data:
         self.table = torch.empty(len(data.obs), n, sum(self.widths.values()), device=device)
         for start in range(0, len(data.obs), 1 << 16):  # so that little more than the table is in memory
             part = slice(start, start + (1 << 16))
-            rewards, actions = data.rewards[part][..., None], np.clip(data.actions[part], -1, 1)
-            ended = np.broadcast_to(data.terminations[part, None, None], rewards.shape)
-            rows = np.concatenate([data.obs[part], data.next_obs[part], actions, rewards, ended], -1, dtype=np.float32)
-            self.table[part] = torch.from_numpy(rows).to(device)
+            self.table[part] = torch.from_numpy(stack_rows(data, part)).to(device)
         std, self.obs_mean = torch.std_mean(self.table[..., :o], 0)  # [N, O]
         self.obs_std = std.clamp(min=1.0)  # nothing is magnified: what varies little in the data may vary more later
         for part in (self.table[..., :o], self.table[..., o : 2 * o]):
             part.sub_(self.obs_mean).div_(self.obs_std)
         self.reward = self.table[..., 2 * o + a].T  # [N, T]
         returns = np.add.reduceat(np.asarray(data.rewards, np.float64), data.episodes[:, 0])  # [trajectories, N]
-        count = args.thresholds if args.reweight else 0
-        weights = np.stack([trajectory_weights(own, count, args.top_quantile) for own in returns.T])  # [N, trajectories]
+        weights = trajectory_weights(returns, args.thresholds * args.reweight, args.top_quantile).T  # [N, trajectories]
         weights = np.repeat(weights, np.diff(data.episodes, axis=1)[:, 0], axis=1) * data.next_known  # [N, T]
         self.upto, self.agents = torch.from_numpy(weights.cumsum(1)).to(device), torch.arange(n, device=device)[:, None]
 
@@ -502,8 +466,7 @@ class Data:
 
     def sample(self, rows: Tensor) -> Batch:
         """obs [N, B, O], next_obs, action [N, B, A], reward [N, B], terminated [N, B]."""
-        parts = self.table[rows, self.agents].split(list(self.widths.values()), -1)
-        named = dict(zip(self.widths, parts))
+        named = dict(zip(self.widths, self.table[rows, self.agents].split(list(self.widths.values()), -1)))
         return named | {name: named[name].squeeze(-1) for name in ("reward", "terminated")}
 
     def set_units(self, agent: DOM2, gamma: float) -> None:
@@ -541,23 +504,32 @@ def make_act(policy: nn.Module, args: Args = Args()) -> Callable[[np.ndarray], n
 
 def train(args: Args) -> None:
     """The whole of training or, with `args.resume`, the rest of it."""
-    # Build.
-    begun = args.resume and (Path(args.resume, "checkpoint.pt").exists() or Path(args.resume, "eval.csv").exists())
-    new = dict(step=0, seconds=0.0, evaluations=[])  # or killed before it had saved
-    saved = load(Path(args.resume, "checkpoint.pt")) if begun else new
+    # Open.
     source = open_dataset(args.dataset, args.data_fraction, args.seed, args.env_id, args.data_seed)
-    env_id, device, task = source.env_id, pick_device(args.device), dict(observation=args.observation, prey=args.prey)
-    torch.manual_seed(args.seed)
+    env_id, task = source.env_id, dict(observation=args.observation, prey=args.prey)
     env, eval_envs = make_env(env_id, **task), make_vec(env_id, args.eval_episodes, **task)
     check_sizes(source, env)
-    if begun and saved["data"] != source.checksum:
-        raise BadInput(f"{args.resume}: trained on other data than --dataset {args.dataset} holds now")
+    name = "-".join(Path(args.dataset).resolve().parts[-3:]) if is_folder(args.dataset) else args.dataset
+    name = f"{name}__dom2__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() // 1000 % 10**6:06d}"
+    run = Path(args.resume or Path(args.run_dir, name))
+    run.mkdir(parents=True, exist_ok=bool(args.resume))
+    (lock := FileLock(run / ".lock")).acquire(timeout=0)  # keeps other processes out while it is there
+    begun = (run / "checkpoint.pt").exists() or (run / "eval.csv").exists()  # not if killed before it had saved
+    saved = load(run / "checkpoint.pt") if begun else dict(step=0, seconds=0.0, evaluations=[], data=source.checksum)
+    if saved["data"] != source.checksum:
+        raise BadInput(f"{run}: trained on other data than --dataset {args.dataset} holds now")
+    sizes = dict(env_id=env_id, obs_sizes=env.obs_sizes, action_sizes=env.action_sizes)
+    config = dict(format=FORMAT, args=vars(args) | {"resume": ""}) | sizes | versions()
+    write(run / "config.json", lambda path: path.write_text(json.dumps(config, indent=2)))
+    # Build.
+    device = pick_device(args.device)
+    torch.manual_seed(args.seed)
     agent, data = DOM2(env, args, device), Data(source, env, args, device)
     random = torch.cuda if device.type == "cuda" else torch
     data.set_units(agent, args.gamma)
     learn = lambda rows, *drawn: agent.update(data.sample(rows), *drawn)
-    learn, act = graphed(learn, args.cuda_graph and device.type == "cuda"), make_act(agent.slow_policy, args)
-
+    learn, slow = graphed(learn, args.cuda_graph and device.type == "cuda"), agent.slow_policy
+    act = make_act(slow, args)  # the averaged policies act
     # Start, or go on from the checkpoint.
     torch.manual_seed(args.seed)
     step, seconds, evaluations = (saved[key] for key in ("step", "seconds", "evaluations"))
@@ -565,23 +537,15 @@ def train(args: Args) -> None:
         agent.load_state_dict(saved["agent"])
         for adam, state in zip(agent.adams, saved["adams"]):
             adam.load_state_dict(adam.state_dict() | {"state": state})
-        random.set_rng_state(saved["random"])
-    name = "-".join(Path(args.dataset).resolve().parts[-3:]) if is_folder(args.dataset) else args.dataset
-    name = f"{name}__dom2__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() // 1000 % 10**6:06d}"
-    run, config = Path(args.resume or Path(args.run_dir, name)), {"args": vars(args) | {"resume": ""}, **versions()}
-    run.mkdir(parents=True, exist_ok=bool(args.resume))
-    (lock := FileLock(run / ".lock")).acquire(timeout=0)  # keeps other processes out while it is there
-    write(run / "config.json", lambda path: path.write_text(json.dumps(config, indent=2)))
-    count = sum(p.numel() for p in (*agent.policy.parameters(), *agent.critic.parameters()))
-    print(f"task      {env_id}: {find_task(env_id).description}; {count:,} parameters on {device}")
-    print(f"data      {source}")
+        if len(saved["random"]) == len(random.get_rng_state()):  # not so if that was on another kind of device
+            random.set_rng_state(saved["random"])
+    print(f"task      {env_id}: {find_task(env_id).description}; on {device}\ndata      {source}")
     print(f"logs      {run.resolve()}    (watch: tensorboard --logdir {run.parent})", flush=True)
     writer, logs, started = SummaryWriter(str(run), purge_step=step + 1), {}, time.time() - seconds
-    bar, first = tqdm(total=args.total_updates, initial=step, unit=" updates", mininterval=1, file=sys.stdout), True
-
+    bar = tqdm(total=args.total_updates, initial=step, unit=" updates", mininterval=2, file=sys.stdout)
     while True:
         # Evaluate and save: at the start, every `eval_every` updates and at the end. A resumed run begins here too.
-        if first or step % args.eval_every == 0 or step >= args.total_updates:
+        if step == bar.initial or step % args.eval_every == 0 or step >= args.total_updates:
             if not evaluations or evaluations[-1]["step"] < step:
                 returns, seconds = evaluate(act, eval_envs, mix_seed(args.seed, 1)), time.time() - started
                 mean, std, score = float(returns.mean()), float(returns.std()), normalize(env_id, float(returns.mean()))
@@ -591,12 +555,11 @@ def train(args: Args) -> None:
                 bar.write(f"eval at update {step:,}: return {mean:.2f} ± {std:.2f}, normalised {score:.1f}")
             if not all(value.isfinite().all() for value in agent.state_dict().values()):
                 raise FloatingPointError(f"update {step}: the networks have diverged")  # the last good checkpoint stays
-            sizes = dict(env_id=env_id, obs_sizes=env.obs_sizes, action_sizes=env.action_sizes)
-            policy = dict(format=FORMAT, args=vars(args), policy=agent.slow_policy.state_dict(), **sizes, **evaluations[-1])
+            policy = config | dict(policy=slow.state_dict()) | evaluations[-1]
             checkpoint = dict(
                 format=FORMAT, step=step, seconds=seconds, evaluations=evaluations, agent=agent.state_dict(),
-                adams=[adam.state_dict()["state"] for adam in agent.adams], random=random.get_rng_state(),
-                data=source.checksum,
+                adams=[adam.state_dict()["state"] for adam in agent.adams],
+                random=random.get_rng_state(), data=source.checksum,
             )  # fmt: skip
             table = [",".join(evaluations[0]), *(",".join(map(str, row.values())) for row in evaluations)]
             write(run / "policy.pt", lambda path: torch.save(policy, path))
@@ -604,8 +567,6 @@ def train(args: Args) -> None:
             write(run / "eval.csv", lambda path: path.write_text("\n".join([*table, ""])))
             if step >= args.total_updates:
                 break
-            first = False
-
         # Learn.
         decay = (1 + math.cos(math.pi * step / args.total_updates)) / 2 if args.lr_decay else 1.0  # [deviation E5]
         for adam, rate in zip(agent.adams, (args.policy_lr, args.q_lr)):
@@ -616,7 +577,6 @@ def train(args: Args) -> None:
         if step % 100 == 0 or step >= args.total_updates:  # the scalars of the last update
             for name, value in (logs | {"charts/updates_per_second": step / (time.time() - started)}).items():
                 writer.add_scalar(name, float(value), step)
-
     bar.close(), writer.close()
     axis = Figure(layout="constrained").add_subplot(xlabel="updates", ylabel="team return (bars: std)")
     axis.errorbar(*([row[name] for row in evaluations] for name in ("step", "return_mean", "return_std")), marker=".")
@@ -628,21 +588,24 @@ def train(args: Args) -> None:
 
 # 6. Files and command line ============================================================================================
 FORMAT = "dom2-6"  # of policy.pt and checkpoint.pt; raise it when a change makes older files unreadable
-WITH_RESUME = {"resume", "dataset", "total_updates", "device", "torch_threads", "cuda_graph", "compile", "capture_video"}
-WITH_EVALUATE = WITH_RESUME | {"evaluate", "seed", "eval_episodes", "solver_steps", "prey", "shift"}
+WITH_RESUME = set("resume dataset total_updates device torch_threads cuda_graph compile capture_video".split())
+WITH_EVALUATE = WITH_RESUME | set("evaluate seed eval_episodes solver_steps prey shift".split())
 
 
 def write(path: Path, dump: Callable[[Path], object]) -> None:
     """Under another name, then renamed: an interruption or a full disk leaves the file from before."""
     unfinished = path.with_name(f"unfinished-{path.name}")
-    dump(unfinished)
+    try:
+        dump(unfinished)
+    except RuntimeError as error:  # torch.save's word for a full disk
+        raise OSError(f"{path} cannot be written, the file from before is kept: {error}") from error
     unfinished.replace(path)
 
 
 def load(path: Path) -> dict:
-    """A policy.pt or checkpoint.pt. Nothing in it is executed. Raises `BadInput`."""
+    """A policy.pt, checkpoint.pt or config.json. Nothing in it is executed. Raises `BadInput`."""
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = json.loads(path.read_text()) if path.suffix == ".json" else torch.load(path, "cpu", weights_only=True)
         assert saved["format"] == FORMAT, f"its format is {saved['format']}, not {FORMAT}"
         return saved
     except Exception as error:  # a damaged file can raise anything
@@ -660,22 +623,21 @@ def load_policy(path: str | Path, steps: int = 0) -> tuple[DiffusionPolicy | Det
 
 def parse(argv: list[str]) -> Args:
     """The command line, over the defaults of its task or over the arguments of the run or policy that it names."""
-    whole = lambda word: word[:1].isdigit() and "e" in word and "-" not in word
-    argv = [f"{float(word):.0f}" if whole(word) else word for word in argv]  # 1e6 is a number of steps
+    argv = [f"{float(x):.0f}" if x[:1].isdigit() and "e" in x and "-" not in x else x for x in argv]  # 1e6 is a number
     words = [part for word in argv for part in word.split("=", 1)]
     given = dict(zip((word.replace("_", "-") for word in words), words[1:]))
     if argv and not argv[0].startswith("-"):
         raise BadInput(f"{argv[0]!r} stands without its flag: --dataset {argv[0]}?")
     if run := given.get("--resume"):
-        default, free = Args(**json.loads(Path(run, "config.json").read_bytes())["args"]), WITH_RESUME
+        default, free = Args(**load(Path(run, "config.json"))["args"]), WITH_RESUME
     elif path := given.get("--evaluate"):
         default, free = Args(**load_policy(path)[1]["args"] | {"resume": "", "capture_video": False}), WITH_EVALUATE
     else:
-        default, free = preset(given.get("--dataset", Args.dataset), given.get("--env-id", "")), set(Args.__annotations__)
+        default, free = preset(given.get("--dataset", Args.dataset), given.get("--env-id", "")), vars(Args())
     args = tyro.cli(Args, args=argv, default=default, prog="dom2.py")
     changed = [name for name, value in vars(default).items() if getattr(args, name) != value and name not in free]
     counts = "total_updates eval_every eval_episodes batch_size solver_steps policy_hidden critic_hidden cql_actions"
-    named, shares = not is_folder(args.dataset), (args.data_fraction, args.q_rows, args.cql_rows)
+    shares = (args.data_fraction, args.q_rows, args.cql_rows)
     for holds, rule in (
         (not changed, f"--{' --'.join(changed).replace('_', '-')} cannot be changed for what is there already"),
         (args.device != "cuda" or torch.cuda.is_available(), "--device cuda: torch finds no CUDA device here"),
@@ -683,10 +645,8 @@ def parse(argv: list[str]) -> Args:
         (0 <= args.gamma <= 1 and 0 <= args.tau <= 1, "--gamma and --tau must be between 0 and 1"),
         (min(args.policy_lr, args.q_lr) > 0 and args.seed >= 0, "learning rates must be above 0, --seed at least 0"),
         (0 < min(shares) <= max(shares) <= 1, "--data-fraction, --q-rows and --cql-rows must be above 0 and at most 1"),
-        (args.policy == "diffusion" or args.q_weight, "--policy deterministic does not imitate: --q-weight must be above 0"),
+        (args.policy == "diffusion" or args.q_weight, "--policy deterministic needs a --q-weight: it does not imitate"),
         (not args.shift or args.evaluate, "--shift goes with --evaluate: training is on data only"),
-        (named or not args.data_seed, "--data-seed goes with the name of a data set, not with a folder"),
-        (not (named and args.env_id) or args.dataset.startswith(args.env_id + "-"), f"--env-id: {args.dataset} names its task"),
     ):
         if not holds:
             raise BadInput(rule)
@@ -699,14 +659,10 @@ def main(argv: list[str] | None = None) -> int:
         args = parse(sys.argv[1:] if argv is None else argv)
         torch.set_num_threads(args.torch_threads or torch.get_num_threads())
         if args.evaluate:
-            (policy, saved), where = load_policy(args.evaluate, args.solver_steps), mix_seed(args.seed, 1)
-            act, env_id = make_act(policy.to(pick_device(args.device)), args), saved["env_id"]
-            task = dict(observation=args.observation, prey=args.prey, shift=args.shift)
-            returns = evaluate(act, make_vec(env_id, args.eval_episodes, **task), where)
-            result = f"return {returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} episodes"
-            print(f"{env_id}{args.shift and ', shifted: '}{args.shift}: {result}, normalised {normalize(env_id, returns.mean()):.1f}")
-            if args.capture_video:
-                record_video(act, env_id, Path(args.evaluate, "videos"), where, **task)
+            policy, saved = load_policy(args.evaluate, args.solver_steps)
+            act, film = make_act(policy.to(pick_device(args.device)), args), args.evaluate * args.capture_video
+            task = dict(film=film, observation=args.observation, prey=args.prey, shift=args.shift)
+            demonstrate(act, saved["env_id"], args.eval_episodes, mix_seed(args.seed, 1), **task)
         else:
             train(args)
         return 0

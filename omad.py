@@ -25,6 +25,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -39,8 +40,8 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from common.envs import BadInput, RecordPositions, TeamEnv, evaluate, find_task, make_env, make_vec, mix_seed
-from common.envs import record_video, task_table, versions
+from common.envs import BadInput, RecordPositions, TeamEnv, demonstrate, evaluate, find_task, make_env, make_vec
+from common.envs import mix_seed, record_video, task_table, versions
 
 
 # 1. Arguments =========================================================================================================
@@ -65,7 +66,6 @@ class Args:
     evaluate: str = ""  # only evaluate the policy of the run in this directory, or a policy.pt
     list_tasks: bool = False  # print the tasks and their sizes, and stop
     capture_video: bool = False  # write a video of the final (or the evaluated) policy to a folder videos beside it
-    # --- off-policy learning ---
     learning_starts: int = 5_000  # environment steps with uniformly random actions before the first update
     buffer_size: int = 1_000_000  # transitions kept for replay
     batch_size: int = 256  # B, transitions per update
@@ -75,12 +75,10 @@ class Args:
     policy_lr: float = 3e-4  # learning rate of the policies
     q_lr: float = 3e-4  # learning rate of the critics
     adam_beta1: float = 0.5  # beta_1 of Adam, for policies and critics
-    # --- policies ---
     policy: Literal["diffusion", "gaussian"] = "diffusion"  # the method; or squashed Gaussians, all else equal
     denoising_steps: int = 8  # K, steps from noise to action
     policy_hidden: int = 256  # H, width of each agent's network
     policy_grad_clip: float = 1.0  # element-wise bound on the policies' gradients
-    # --- critic ---
     critic_hidden: int = 2048  # width of each critic
     n_atoms: int = 100  # Z, atoms of the return distribution
     v_min: float = -1000.0  # smallest representable return
@@ -90,7 +88,6 @@ class Args:
     bn_warmup: int = 100_000  # critic updates with plain batch normalisation before renormalisation sets in
     target_networks: bool = False  # slowly averaged target critics, instead of the joint forward pass without them
     tau: float = 0.005  # averaging rate of the target critics
-    # --- temperature ---
     alpha: float = 1.0  # start value of the temperature; its fixed value with --no-autotune
     autotune: bool = True  # tune the temperature automatically
     alpha_lr: float = 1e-3  # learning rate of log alpha
@@ -152,11 +149,10 @@ class ParallelLinear(nn.Module):
 
 
 class DiffusionPolicy(nn.Module):
-    """N independent diffusion policies pi_i(a_i | o_i): stochastic differential equations, u and rho learned [OMAD chain].
+    """N independent diffusion policies, stochastic differential equations with learned u and rho [OMAD chain]:
 
     x_0 ~ N(0, 2.5^2 I),   x_{n+1} = mu_n + sqrt(2 eta_n) noise,   a = tanh(x_K)
-    mu_n = x_n + eta_n (-x_n / 2.5^2 + u(x_n, o, n)),   eta_n = softplus(rho_dt) schedule_n / softplus(rho_friction)
-    """
+    mu_n = x_n + eta_n (-x_n / 2.5^2 + u(x_n, o, n)),   eta_n = softplus(rho_dt) schedule_n / softplus(rho_friction)"""
 
     def __init__(self, obs_sizes: list[int], action_sizes: list[int], args: Args, steps: int = 0):
         super().__init__()
@@ -191,34 +187,38 @@ class DiffusionPolicy(nn.Module):
 
         Their sum is the path cost C_i. E[C_i] >= -H(pi_i): -E[C_i] is a lower bound on the entropy [OMAD bound].
             running = -(log w + sum_d log(1 - tanh(x_K)^2)),   terminal = log N(x_0; 0, 2.5^2 I)
-            log w   = sum_n log N(x_n; x_{n+1} (1 - eta_n / 2.5^2), 2 eta_n) - log N(x_{n+1}; mu_n, 2 eta_n)
-        """
+            log w   = sum_n log N(x_n; x_{n+1} (1 - eta_n / 2.5^2), 2 eta_n) - log N(x_{n+1}; mu_n, 2 eta_n)"""
         noise = noise.transpose(1, 2) * self.action_mask  # [K + 1, N, B, A]
+        half = noise**2 / 2
         eta = F.softplus(self.rho_dt) * self.schedule / F.softplus(self.rho_friction)  # [K, N, 1, A]
         angle = self.frequency * self.index + self.phase  # [N, K, H]
         embedding = self.time2(F.gelu(self.time1(torch.cat([angle.sin(), angle.cos()], -1))))  # [N, K, H]
         from_time = self.in_time(embedding).transpose(0, 1).unsqueeze(2)  # [K, N, 1, H]
-        from_obs = self.in_obs(obs.transpose(0, 1))  # [N, B, H]
-        decay, kick = 1 - eta / 2.5**2, (2 * eta).sqrt() * noise[1:]  # [K, N, 1, A], [K, N, B, A]
+        # Whatever does not depend on x is computed for all steps at once: x_{n+1} = decay_n x_n + kick_n + h last_n.
+        real_eta, decay = eta * self.action_mask, 1 - eta / 2.5**2  # [K, N, 1, A]
+        first = self.in_obs(obs.transpose(0, 1)) + self.in_x.bias + from_time  # of the first layer [K, N, B, H]
+        last = real_eta * self.out.weight  # [K, N, H, A]
+        kick = torch.addcmul(real_eta * self.out.bias, (2 * eta).sqrt(), noise[1:])  # [K, N, B, A]
+        weights = (self.in_x.weight, *self.hidden1.parameters(), *self.hidden2.parameters())
+        weights = (p.expand(self.steps, *p.shape) for p in weights)  # so that their gradients are added up in one go
 
         chain = [2.5 * noise[0]]  # x_0 [N, B, A]
-        for time_n, decay_n, eta_n, kick_n in zip(from_time, decay, eta * self.action_mask, kick):
-            h = F.gelu(self.in_x(chain[-1]) + from_obs + time_n)  # exact, not the tanh approximation [deviation D2]
-            u = self.out(F.gelu(self.hidden2(F.gelu(self.hidden1(h)))))
-            chain.append(torch.addcmul(torch.addcmul(kick_n, decay_n, chain[-1]), eta_n, u))
+        for first_n, last_n, kick_n, decay_n, w0, w1, b1, w2, b2 in zip(first, last, kick, decay, *weights):
+            h = F.gelu(torch.baddbmm(first_n, chain[-1], w0))  # exact, not the tanh approximation [deviation D2]
+            h = F.gelu(torch.baddbmm(b2, F.gelu(torch.baddbmm(b1, h, w1)), w2))
+            chain.append(torch.baddbmm(torch.addcmul(kick_n, decay_n, chain[-1]), h, last_n))
 
         # In log w the normalisers cancel, and x_{n+1} - mu_n is sqrt(2 eta_n) noise: that term is -noise^2 / 2 exactly.
-        x_n, x_next = torch.stack(chain[:-1]), torch.stack(chain[1:])  # [K, N, B, A]
-        log_w = (noise[1:] ** 2 / 2 - (x_n - x_next * decay) ** 2 / (4 * eta)).sum(0)  # [N, B, A]
-        x, log_density = chain[-1], -(noise[0] ** 2) / 2 - math.log(2.5) - 0.5 * math.log(2 * math.pi)
-        running = -(log_w + 2 * (math.log(2) - x - F.softplus(-2 * x)))  # log(1 - tanh(x)^2) in a form without overflow
-        return torch.tanh(x).transpose(0, 1), running.sum(-1).T, (log_density * self.action_mask).sum(-1).T
+        x, xs = chain[-1], torch.stack(chain)  # [K + 1, N, B, A]
+        log_w = (half[1:] - torch.addcmul(xs[:-1], xs[1:], decay, value=-1) ** 2 / (4 * eta)).sum(0)  # [N, B, A]
+        running = 2 * (x + F.softplus(-2 * x) - math.log(2)) - log_w  # log(1 - tanh(x)^2) in a form without overflow
+        terminal = (half[0] + math.log(2.5 * math.sqrt(2 * math.pi))) * -self.action_mask
+        return torch.tanh(x).transpose(0, 1), running.sum(-1).T, terminal.sum(-1).T
 
 
 class GaussianPolicy(nn.Module):
     """The ablation: N independent squashed Gaussians with exact C_i = log pi_i(a_i | o_i). Its terminal part is the
-    average of the diffusion policy's, so that the temperature asks both for the same E[C].
-    """
+    average of the diffusion policy's, so that the temperature asks both for the same E[C]."""
 
     def __init__(self, obs_sizes: list[int], action_sizes: list[int], args: Args, steps: int = 0):
         super().__init__()
@@ -251,8 +251,7 @@ class BatchRenorm(nn.Module):
     """Batch renormalisation of x [Q, B, D] over B, with statistics of each of the Q networks (arXiv 1702.03275).
 
     In training it uses the batch's statistics, corrected (without gradient) towards the running ones, but for the first
-    `warmup` calls, which are plain batch normalisation; in evaluation it uses the running ones.
-    """
+    `warmup` calls, which are plain batch normalisation; in evaluation it uses the running ones."""
 
     def __init__(self, critics: int, size: int, momentum: float, warmup: int):
         super().__init__()
@@ -266,17 +265,17 @@ class BatchRenorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         running_std = (self.var + 1e-3).sqrt()
         if not self.training:
-            return torch.addcmul(self.shift - self.mean * self.scale / running_std, x, self.scale / running_std)
+            ratio = self.scale / running_std
+            return torch.addcmul(self.shift - self.mean * ratio, x, ratio)
         mean = x.mean(dim=1, keepdim=True)  # [Q, 1, D]
         centred = x - mean
         var = (centred**2).mean(dim=1, keepdim=True)
         std = (var + 1e-3).sqrt()
         with torch.no_grad():
-            warm = self.calls >= self.warmup
-            r = torch.where(warm, (std / running_std).clamp(1 / 3, 3), 1.0)
-            d = torch.where(warm, ((mean - self.mean) / running_std).clamp(-5, 5), 0.0)
-            self.mean.lerp_(mean, 1 - self.momentum)
-            self.var.lerp_(var, 1 - self.momentum)
+            warm = self.calls >= self.warmup  # before, the batch is its own reference: r = 1, d = 0
+            r = (std / torch.where(warm, running_std, std)).clamp(1 / 3, 3)
+            d = ((mean - torch.where(warm, self.mean, mean)) / running_std).clamp(-5, 5)
+            torch._foreach_lerp_([self.mean, self.var], [mean, var], 1 - self.momentum)
             self.calls += 1
         return torch.addcmul(self.shift + self.scale * d, centred, self.scale * r / std)
 
@@ -329,12 +328,10 @@ class OMAD(nn.Module):
             self.slow_critic = copy.deepcopy(self.critic).eval().requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha), device=device))
         self.target_cost = args.target_entropy_scale * sum(env.action_sizes)
-        on_gpu = dict(fused=True, capturable=device.type == "cuda")
-        self.policy_adam = torch.optim.Adam(
-            self.policy.parameters(), args.policy_lr, (args.adam_beta1, 0.999), **on_gpu
-        )
-        self.critic_adam = torch.optim.Adam(self.critic.parameters(), args.q_lr, (args.adam_beta1, 0.999), **on_gpu)
-        self.alpha_adam = torch.optim.Adam([self.log_alpha], args.alpha_lr, **on_gpu)
+        adam = partial(torch.optim.Adam, fused=True, capturable=device.type == "cuda")
+        self.policy_adam = adam(self.policy.parameters(), args.policy_lr, betas=(args.adam_beta1, 0.999))
+        self.critic_adam = adam(self.critic.parameters(), args.q_lr, betas=(args.adam_beta1, 0.999))
+        self.alpha_adam = adam([self.log_alpha], args.alpha_lr)
         self.adams = (self.policy_adam, self.critic_adam, self.alpha_adam)
         if args.compile:
             self.critic_loss, self.policy_loss = torch.compile(self.critic_loss), torch.compile(self.policy_loss)
@@ -346,8 +343,7 @@ class OMAD(nn.Module):
             target: mass mean_q p_qj(s', a') at the places r + gamma (1 - terminated) (z_j - alpha sum_i C_i), projected
 
         A truncated step is not terminated: its target bootstraps from the true final observation. Without slow critics
-        (s, a) and (s', a') pass through the critics as one batch, so that its statistics are those of both [CrossQ].
-        """
+        (s, a) and (s', a') pass through the critics as one batch, so that its statistics are those of both [CrossQ]."""
         critic, alpha = self.critic.train(), self.log_alpha.detach().exp()
         with torch.no_grad():
             next_action, running, terminal = self.policy(batch["next_obs"], noise)
@@ -364,8 +360,7 @@ class OMAD(nn.Module):
             target = project(F.softmax(next_logits, -1).mean(0), places, critic.atoms)  # [B, Z]
         log_probs = F.log_softmax(logits, -1)
         probs = log_probs.exp()
-        cross_entropy, negative_entropy = -(target * log_probs).sum(-1), (probs * log_probs).sum(-1)  # [Q, B]
-        loss = (cross_entropy.mean(-1) + self.args.critic_entropy_coef * negative_entropy.mean(-1)).sum()
+        loss = ((self.args.critic_entropy_coef * probs - target) * log_probs).sum() / len(target)  # [Q, B, Z] -> []
         value = probs.detach() @ critic.atoms  # [Q, B]
         logs = {"losses/critic": loss.detach(), "diag/value": value.mean()}
         logs["diag/critic_disagreement"] = (value[0] - value[1]).abs().mean()
@@ -375,8 +370,7 @@ class OMAD(nn.Module):
     def policy_loss(self, batch: Batch, noise: Tensor) -> tuple[Tensor, Logs, Tensor]:
         """One step for all agents at once: L = E[-mean_q E[Z_q(s, a_1..a_N)] + alpha sum_i C_i] [OMAD policies].
 
-        Its gradient runs through the critics, held fixed, and the whole chain. Also returns sum_i running_i [B].
-        """
+        Its gradient runs through the critics, held fixed, and the whole chain. Also returns sum_i running_i [B]."""
         critic, alpha = self.critic.eval(), self.log_alpha.detach().exp()
         action, running, terminal = self.policy(batch["obs"], noise)
         value = (F.softmax(critic(batch["state"], action), -1) @ critic.atoms).mean(0)  # [B]
@@ -388,8 +382,9 @@ class OMAD(nn.Module):
 
     def temperature_loss(self, running: Tensor) -> tuple[Tensor, Logs]:
         """L = -alpha (E[sum_i running_i] - 4 dim(A)): too little noise, so a high cost, raises alpha [OMAD alpha]."""
-        loss, alpha = -self.log_alpha.exp() * (running.mean() - self.target_cost), self.log_alpha.detach().exp()
-        return loss, {"losses/temperature": loss.detach(), "diag/running_cost": running.mean(), "diag/alpha": alpha}
+        alpha, running = self.log_alpha.exp(), running.mean()
+        loss = -alpha * (running - self.target_cost)
+        return loss, {"losses/temperature": loss.detach(), "diag/running_cost": running, "diag/alpha": alpha.detach()}
 
     def update(self, batch: Batch, critic_noise: Tensor, policy_noise: Tensor | None = None) -> Logs:
         """One update of the critics and, if there is noise for it, of policies and temperature, on the same batch."""
@@ -419,8 +414,7 @@ def graphed(function: Callable, enabled: bool) -> Callable:
     """A function of tensors; if `enabled`, captured as a CUDA graph for each set of shapes: one launch, not hundreds.
 
     It must neither wait nor draw random numbers. Its result is overwritten by the next call. Three plain calls come
-    first, in which libraries and optimisers set themselves up.
-    """
+    first, in which libraries and optimisers set themselves up."""
     calls, graphs = {}, {}
 
     def call(*inputs: Tensor):
@@ -490,39 +484,43 @@ def make_act(policy: nn.Module, args: Args) -> Callable[[np.ndarray], np.ndarray
 
 def train(args: Args, envs: gym.vector.VectorEnv | None = None) -> None:
     """The whole of training or, with `args.resume`, the rest of it; in `envs`, if the caller wants to look on."""
-    # Build.
-    begun = args.resume and (Path(args.resume, "checkpoint.pt").exists() or Path(args.resume, "eval.csv").exists())
-    new = dict(step=0, updates=0, seconds=0.0, evaluations=[], positions=None)  # or killed before it had saved
-    saved = load(Path(args.resume, "checkpoint.pt")) if begun else new
-    device, task = pick_device(args.device), dict(observation=args.observation, prey=args.prey)
-    torch.manual_seed(args.seed)
+    # Open.
+    task = dict(observation=args.observation, prey=args.prey)
     env, eval_envs = make_env(args.env_id, **task), make_vec(args.env_id, args.eval_episodes, **task)
+    name = f"{args.env_id}__omad__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() // 1000 % 10**6:06d}"
+    run = Path(args.resume or Path(args.run_dir, name))
+    run.mkdir(parents=True, exist_ok=bool(args.resume))
+    (lock := FileLock(run / ".lock")).acquire(timeout=0)  # keeps other processes out while it is there
+    begun = (run / "checkpoint.pt").exists() or (run / "eval.csv").exists()  # not if killed before it had saved
+    new = dict(step=0, updates=0, seconds=0.0, evaluations=[], positions=None)
+    saved = load(run / "checkpoint.pt") if begun else new
+    sizes = dict(obs_sizes=env.obs_sizes, action_sizes=env.action_sizes)
+    config = dict(format=FORMAT, args=vars(args) | {"resume": ""}) | sizes | versions()
+    write(run / "config.json", lambda path: path.write_text(json.dumps(config, indent=2)))
+    # Build.
+    device = pick_device(args.device)
+    torch.manual_seed(args.seed)
     envs = RecordPositions(envs or make_vec(args.env_id, args.num_envs, **task), saved["positions"])
     agent, random = OMAD(env, args, device), torch.cuda if device.type == "cuda" else torch
     replay = Replay(env, min(args.buffer_size, args.total_timesteps + args.num_envs), device)
     learn = lambda rows, *noise: agent.update(replay.sample(rows), *noise)
     learn, act = graphed(learn, args.cuda_graph and device.type == "cuda"), make_act(agent.policy, args)
-
     # Start, or go on from the checkpoint.
     torch.manual_seed(args.seed)
     step, updates, seconds, evaluations = (saved[key] for key in ("step", "updates", "seconds", "evaluations"))
     if begun:
         agent.load_state_dict(saved["agent"])
         for adam, state in zip(agent.adams, saved["adams"]):
-            adam.load_state_dict(state)
+            adam.load_state_dict(adam.state_dict() | {"state": state})
         replay.added, count = saved["added"], len(saved["replay"])
         replay.table[:count] = saved["replay"].to(device)
-        random.set_rng_state(saved["random"])
-    name = f"{args.env_id}__omad__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() // 1000 % 10**6:06d}"
-    run, config = Path(args.resume or Path(args.run_dir, name)), {"args": vars(args) | {"resume": ""}, **versions()}
-    run.mkdir(parents=True, exist_ok=bool(args.resume))
-    (lock := FileLock(run / ".lock")).acquire(timeout=0)  # keeps other processes out while it is there
-    write(run / "config.json", lambda path: path.write_text(json.dumps(config, indent=2)))
+        if len(saved["random"]) == len(random.get_rng_state()):  # not so if that was on another kind of device
+            random.set_rng_state(saved["random"])
     count = sum(p.numel() for p in agent.parameters())
     print(f"task      {args.env_id}: {find_task(args.env_id).description}; {count:,} parameters on {device}")
     print(f"logs      {run.resolve()}    (watch: tensorboard --logdir {run.parent})", flush=True)
     writer, logs, obs, started = SummaryWriter(str(run), purge_step=step + 1), {}, None, time.time() - seconds
-    bar = tqdm(total=args.total_timesteps, initial=step, unit=" steps", mininterval=1, file=sys.stdout)
+    bar = tqdm(total=args.total_timesteps, initial=step, unit=" steps", mininterval=2, file=sys.stdout)
     while True:
         # Evaluate and save: at the start, every `eval_every` steps and at the end. A resumed run begins here too.
         if obs is None or step % args.eval_every < args.num_envs or step >= args.total_timesteps:
@@ -535,12 +533,12 @@ def train(args: Args, envs: gym.vector.VectorEnv | None = None) -> None:
                 bar.write(f"eval at step {step:,}: return {mean:.2f} ± {std:.2f}")
             if not all(value.isfinite().all() for value in agent.state_dict().values()):
                 raise FloatingPointError(f"step {step}: the networks have diverged")  # the last good checkpoint stays
-            sizes = dict(obs_sizes=env.obs_sizes, action_sizes=env.action_sizes)
-            policy = dict(format=FORMAT, args=vars(args), policy=agent.policy.state_dict(), **sizes, **evaluations[-1])
+            policy = config | dict(policy=agent.policy.state_dict()) | evaluations[-1]
             checkpoint = dict(
                 format=FORMAT, step=step, updates=updates, seconds=seconds, evaluations=evaluations,
-                agent=agent.state_dict(), adams=[adam.state_dict() for adam in agent.adams], added=replay.added,
-                replay=replay.table[: replay.added], random=random.get_rng_state(), positions=torch.tensor(envs.positions),
+                agent=agent.state_dict(), adams=[adam.state_dict()["state"] for adam in agent.adams],
+                added=replay.added, replay=replay.table[: replay.added], random=random.get_rng_state(),
+                positions=torch.tensor(envs.positions),
             )  # fmt: skip
             table = [",".join(evaluations[0]), *(",".join(map(str, row.values())) for row in evaluations)]
             write(run / "policy.pt", lambda path: torch.save(policy, path))
@@ -552,10 +550,16 @@ def train(args: Args, envs: gym.vector.VectorEnv | None = None) -> None:
                 break
             obs, info = envs.reset(seed=mix_seed(args.seed, step))  # so that a resumed run is the same [deviation D4]
             state = info["state"]
-
         # Act.
         uniform = lambda: torch.rand(envs.action_space.shape, device=device).cpu().numpy() * 2 - 1
         action = act(obs) if step >= args.learning_starts else uniform()
+        # Learn, without the newest transition: a GPU does it while the environments step.
+        if step > args.learning_starts:
+            for _ in range(round(args.updates_per_step * args.num_envs)):
+                updates += 1
+                rows = torch.randint(min(replay.added, len(replay.table)), (args.batch_size,), device=device)
+                chains = 2 if updates % args.policy_frequency == 0 else 1
+                logs |= learn(rows, *(agent.policy.noise(args.batch_size) for _ in range(chains)))
         next_obs, reward, terminated, truncated, info = envs.step(action)
         seen = dict(obs=obs, next_obs=next_obs, state=state, next_state=info["state"])
         replay.add(**seen, action=action, reward=reward, terminated=terminated)
@@ -567,18 +571,9 @@ def train(args: Args, envs: gym.vector.VectorEnv | None = None) -> None:
             state = np.where(done[:, None], info["state"], state)
         step += args.num_envs
         bar.update(args.num_envs)
-
-        # Learn.
-        if step > args.learning_starts:
-            for _ in range(round(args.updates_per_step * args.num_envs)):
-                updates += 1
-                rows = torch.randint(min(replay.added, len(replay.table)), (args.batch_size,), device=device)
-                chains = 2 if updates % args.policy_frequency == 0 else 1
-                logs |= learn(rows, *(agent.policy.noise(args.batch_size) for _ in range(chains)))
         if step % 1000 < args.num_envs or step >= args.total_timesteps:  # the scalars of the last update
             for name, value in (logs | {"charts/steps_per_second": step / (time.time() - started)}).items():
                 writer.add_scalar(name, float(value), step)
-
     bar.close(), writer.close()
     axis = Figure(layout="constrained").add_subplot(xlabel="environment steps", ylabel="team return (bars: std)")
     axis.errorbar(*([row[name] for row in evaluations] for name in ("step", "return_mean", "return_std")), marker=".")
@@ -590,21 +585,24 @@ def train(args: Args, envs: gym.vector.VectorEnv | None = None) -> None:
 
 # 6. Files and command line ============================================================================================
 FORMAT = "omad-3"  # of policy.pt and checkpoint.pt; raise it when a change makes older files unreadable
-WITH_RESUME = {"resume", "total_timesteps", "device", "torch_threads", "cuda_graph", "compile", "capture_video"}
-WITH_EVALUATE = WITH_RESUME | {"evaluate", "seed", "eval_episodes", "denoising_steps", "prey"}
+WITH_RESUME = set("resume total_timesteps device torch_threads cuda_graph compile capture_video".split())
+WITH_EVALUATE = WITH_RESUME | set("evaluate seed eval_episodes denoising_steps prey".split())
 
 
 def write(path: Path, dump: Callable[[Path], object]) -> None:
     """Under another name, then renamed: an interruption or a full disk leaves the file from before."""
     unfinished = path.with_name(f"unfinished-{path.name}")
-    dump(unfinished)
+    try:
+        dump(unfinished)
+    except RuntimeError as error:  # torch.save's word for a full disk
+        raise OSError(f"{path} cannot be written, the file from before is kept: {error}") from error
     unfinished.replace(path)
 
 
 def load(path: Path) -> dict:
-    """A policy.pt or checkpoint.pt. Nothing in it is executed. Raises `BadInput`."""
+    """A policy.pt, checkpoint.pt or config.json. Nothing in it is executed. Raises `BadInput`."""
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = json.loads(path.read_text()) if path.suffix == ".json" else torch.load(path, "cpu", weights_only=True)
         assert saved["format"] == FORMAT, f"its format is {saved['format']}, not {FORMAT}"
         return saved
     except Exception as error:  # a damaged file can raise anything
@@ -622,18 +620,17 @@ def load_policy(path: str | Path, steps: int = 0) -> tuple[DiffusionPolicy | Gau
 
 def parse(argv: list[str]) -> Args:
     """The command line, over the defaults of its task or over the arguments of the run or policy that it names."""
-    whole = lambda word: word[:1].isdigit() and "e" in word and "-" not in word
-    argv = [f"{float(word):.0f}" if whole(word) else word for word in argv]  # 1e6 is a number of steps
+    argv = [f"{float(x):.0f}" if x[:1].isdigit() and "e" in x and "-" not in x else x for x in argv]  # 1e6 is a number
     words = [part for word in argv for part in word.split("=", 1)]
     given = dict(zip((word.replace("_", "-") for word in words), words[1:]))
     if argv and not argv[0].startswith("-"):
         raise BadInput(f"{argv[0]!r} stands without its flag: --env-id {argv[0]}?")
     if run := given.get("--resume"):
-        default, free = Args(**json.loads(Path(run, "config.json").read_bytes())["args"]), WITH_RESUME
+        default, free = Args(**load(Path(run, "config.json"))["args"]), WITH_RESUME
     elif path := given.get("--evaluate"):
         default, free = Args(**load_policy(path)[1]["args"] | {"resume": "", "capture_video": False}), WITH_EVALUATE
     else:
-        default, free = preset(given.get("--env-id", Args.env_id)), set(Args.__annotations__)
+        default, free = preset(given.get("--env-id", Args.env_id)), vars(Args())
     args = tyro.cli(Args, args=argv, default=default, prog="omad.py")
     changed = [name for name, value in vars(default).items() if getattr(args, name) != value and name not in free]
     updates, episodes = args.updates_per_step * args.num_envs, args.num_envs * find_task(args.env_id).horizon
@@ -664,11 +661,8 @@ def main(argv: list[str] | None = None) -> int:
             print(task_table())
         elif args.evaluate:
             act = make_act(load_policy(args.evaluate, args.denoising_steps)[0].to(pick_device(args.device)), args)
-            where, task = mix_seed(args.seed, 1), dict(observation=args.observation, prey=args.prey)
-            returns = evaluate(act, make_vec(args.env_id, args.eval_episodes, **task), where)
-            print(f"{args.env_id}: return {returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} episodes")
-            if args.capture_video:
-                record_video(act, args.env_id, Path(args.evaluate, "videos"), where, **task)
+            task = dict(film=args.evaluate * args.capture_video, observation=args.observation, prey=args.prey)
+            demonstrate(act, args.env_id, args.eval_episodes, mix_seed(args.seed, 1), **task)
         else:
             train(args)
         return 0

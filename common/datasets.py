@@ -106,6 +106,13 @@ class Dataset:
         return f"{self.folder}: {len(self.obs):,} transitions, {len(self.returns):,} episodes, {result}"
 
 
+def stack_rows(data: Dataset, part: slice) -> np.ndarray:
+    """Transitions in one array [rows, N, O + O + A + 2]: obs, next_obs, action, reward and terminated, float32."""
+    rewards, actions = data.rewards[part][..., None], np.clip(data.actions[part], -1, 1)
+    ended = np.broadcast_to(data.terminations[part, None, None], rewards.shape)
+    return np.concatenate([data.obs[part], data.next_obs[part], actions, rewards, ended], -1, dtype=np.float32)
+
+
 def normalize(env_id: str, score: float | np.ndarray) -> float | np.ndarray:
     """A return on the scale of the task's published scores, 0 random and 100 expert; NaN if there are none."""
     low, high = SCORES.get(env_id, (math.nan, math.nan))
