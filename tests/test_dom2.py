@@ -836,11 +836,20 @@ def test_an_evaluation_needs_no_data_and_a_resumed_run_is_told_where_they_are_no
 
 
 def test_presets_follow_task_and_split(data, tmp_path):
-    assert dom2.preset("omar_simple_spread-medium") == dom2.Args(gamma=0.9, q_weight=8.0)
-    ours = dom2.preset("omar_simple_tag-medium-expert")
-    assert ours == dom2.Args(
-        "omar_simple_tag-medium-expert", policy_lr=1e-2, cql_weight=16.0, cql_own=True, q_weight=0.0125
-    )
+    robot = dict(gamma=0.99, tau=0.005, q_lr=1e-3, total_updates=3_000, eval_episodes=10, policy_hidden=64)
+    chase = dict(policy_lr=1e-2, cql_weight=16.0, cql_own=True)
+    for name, values in {
+        "omar_simple_spread-medium": dict(gamma=0.9, q_weight=8.0),
+        "omar_simple_spread-random": dict(
+            gamma=0.9, q_weight=480.0, cql_weight=0.5, total_updates=16_000, eval_every=2_000
+        ),
+        "omar_simple_tag-medium-expert": chase | dict(q_weight=0.0125),
+        "omar_simple_tag-medium-replay": chase | dict(q_weight=0.4, thresholds=8),
+        "omar_simple_world-random": dict(policy_lr=3e-3, total_updates=8_000, q_weight=4.0, cql_weight=0.25),
+        "omar_halfcheetah_2x3-medium": robot | dict(cql_own=True, cql_weight=8.0, thresholds=8),
+        "omar_halfcheetah_2x3-expert": robot | dict(cql_own=True, cql_weight=8.0, q_weight=2.0),
+    }.items():
+        assert dom2.preset(name) == dom2.Args(name, **values)
     folder = shutil.copytree(data, tmp_path / "cheetah" / "things")
     assert dom2.preset(str(folder)) == dom2.Args(
         str(folder), gamma=0.9

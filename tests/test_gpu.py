@@ -398,6 +398,7 @@ def test_gpu_equals_cpu(program, changes):
 @pytest.mark.slow
 @programs
 def test_compiled_losses_in_graphs(program):
+    torch.compiler.reset()
     logs = []
     for compile in (False, True):
         learner = Learner(program, dict(compile=compile), omad.pick_device("cuda"), captured=True)
@@ -435,6 +436,7 @@ def test_a_killed_run_on_a_gpu_and_its_checkpoint_elsewhere(call, program, tmp_p
 @programs
 def test_compiled_losses_equal_plain_ones(program, monkeypatch):
     """Traced and differentiated as for a compiler, but run by torch's operators: generating code takes minutes."""
+    torch.compiler.reset()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager", fullgraph=True))
     acts, logs = [], []
     obs = np.random.default_rng(0).standard_normal((3, 2, 5)).astype(np.float32) * ENV.obs_mask
