@@ -227,9 +227,9 @@ class DiffusionPolicy(nn.Module):
         """What the network is told at times t [K, B or 1]: obs [N, B, O] -> [N, K, B, C], once for a whole chain."""
         angle = 2 * math.pi * t[..., None] * self.frequency  # [K, B or 1, 16]
         wave = torch.cat([angle.sin(), angle.cos()], -1).flatten(0, 1).expand(len(obs), -1, -1)  # [N, K * (B or 1), 32]
-        time = self.join_time(F.silu(self.time(wave))).unflatten(1, (len(t), -1))  # [N, K, B or 1, joined]
+        clock = self.join_time(F.silu(self.time(wave))).unflatten(1, (len(t), -1))  # [N, K, B or 1, joined]
         seen = self.join_obs(F.silu(self.obs2(F.silu(self.obs1(obs)))))  # [N, B, joined]
-        return self.tell(F.silu(seen[:, None] + time).flatten(1, 2)).unflatten(1, (len(t), -1))
+        return self.tell(F.silu(seen[:, None] + clock).flatten(1, 2)).unflatten(1, (len(t), -1))
 
     def forward(self, obs: Tensor, noise: Tensor) -> Tensor:
         """obs [N, B, O], noise as above -> action [N, B, A] in [-1, 1]. A first-order step from s to t [DOM2 solver]:
