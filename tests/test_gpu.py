@@ -345,6 +345,23 @@ def test_a_checkpoint_of_a_gpu_goes_on_on_the_cpu(call, program, tmp_path, monke
     assert seen == {False}  # as this device needs it; on a GPU a graph refuses to capture Adam with False
 
 
+@pytest.mark.parametrize("program", [omad])
+def test_learning_comes_after_acting_and_before_the_environments_step(call, program, monkeypatch):
+    """So a GPU learns while they do; an update knows all transitions but the newest."""
+    order, (sample, step, make_act) = [], (omad.Replay.sample, omad.RecordPositions.step, omad.make_act)
+
+    def spy_act(*args):
+        act = make_act(*args)
+        return lambda obs: order.append("act") or act(obs)
+
+    monkeypatch.setattr(omad, "make_act", spy_act)
+    monkeypatch.setattr(omad.Replay, "sample", lambda self, rows: order.append(self.added) or sample(self, rows))
+    monkeypatch.setattr(omad.RecordPositions, "step", lambda self, x: order.append("step") or step(self, x))
+    _, (code, _, err) = call()
+    assert code == 0 and [x for x in order if isinstance(x, int)] == list(range(84, 200, 4)), err
+    assert {tuple(order[i - 1 : i + 2 : 2]) for i, x in enumerate(order) if isinstance(x, int)} == {("act", "step")}
+
+
 def test_the_device_is_a_gpu_if_there_is_one(monkeypatch):
     before, streams = torch.get_float32_matmul_precision(), []
     assert omad.pick_device("cpu") == CPU
