@@ -284,7 +284,7 @@ class Critic(nn.Module):
     def __init__(self, state_size: int, action_sizes: list[int], args: Args):
         super().__init__()
         n_in, hidden = state_size + sum(action_sizes), args.critic_hidden
-        norm = lambda size: dictRenorm(2, size, args.bn_momentum, args.bn_warmup)
+        norm = lambda size: BatchRenorm(2, size, args.bn_momentum, args.bn_warmup)
         self.norm0, self.layer1 = norm(n_in), ParallelLinear(2, n_in, hidden)
         self.norm1, self.layer2 = norm(hidden), ParallelLinear(2, hidden, hidden)
         self.norm2, self.out = norm(hidden), ParallelLinear(2, hidden, args.n_atoms)
