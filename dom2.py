@@ -372,9 +372,8 @@ class DOM2(nn.Module):
         uniform = (torch.rand(shape, device=device) * 2 - 1) * mask
         if args.policy == "deterministic":
             return [uniform, *(self.policy.noise(b) for _ in range(4))]
-        eps, next_noise = self.policy.noise(b), self.policy.noise(b)
-        t = 1e-3 + (1 - 1e-3) * torch.rand(1, b, device=device)
-        return [uniform, next_noise, t, eps, self.policy.noise(self.q_rows)]
+        eps, noise, t = self.policy.noise(b), self.policy.noise(b), 1e-3 + 0.999 * torch.rand(1, b, device=device)
+        return [uniform, noise, t, eps, self.policy.noise(self.q_rows)]
 
     def update(self, batch: dict, uniform: Tensor, next_noise: Tensor, t: Tensor, eps: Tensor, noise: Tensor) -> dict:
         """One update of critics, if anybody asks them, policies and averages."""
@@ -402,9 +401,8 @@ class DOM2(nn.Module):
 
 
 def graphed(function: Callable, enabled: bool) -> Callable:
-    """A function of tensors; if `enabled`, captured as a CUDA graph for each set of shapes: one launch, not hundreds.
-
-    It must neither wait nor draw random numbers. Three plain calls come first; the next call overwrites a result."""
+    """A function of tensors that neither waits nor draws; if `enabled`, captured as a CUDA graph, one a set of shapes.
+    Three plain calls come first. The next call overwrites a result."""
     calls, graphs = {}, {}
 
     def call(*inputs: Tensor):
@@ -448,7 +446,6 @@ class Data:
         self.obs_std = std.clamp(min=1.0)  # nothing is magnified: what varies little in the data may vary more later
         for part in (self.table[..., :o], self.table[..., o : 2 * o]):
             part.sub_(self.obs_mean).div_(self.obs_std)
-        self.reward = self.table[..., 2 * o + a].T  # [N, T]
         returns = np.add.reduceat(np.asarray(data.rewards, np.float64), data.episodes[:, 0])  # [trajectories, N]
         weights = trajectory_weights(returns, args.thresholds * args.reweight, args.top_quantile).T  # [N, trajectories]
         weights = np.repeat(weights, np.diff(data.episodes, axis=1)[:, 0], axis=1) * data.next_known  # [N, T]
@@ -466,7 +463,7 @@ class Data:
 
     def set_units(self, agent: DOM2, gamma: float) -> None:
         """Networks count in the units of the data; critics start at what a policy with their mean reward is worth."""
-        std, mean = torch.std_mean(self.reward, 1, keepdim=True)
+        std, mean = torch.std_mean(self.table[..., -2].T, 1, keepdim=True)  # of the rewards [N, 1]
         for policy, critic in ((agent.policy, agent.critic), (agent.slow_policy, agent.slow_critic)):
             policy.obs_mean.copy_(self.obs_mean), policy.obs_std.copy_(self.obs_std)
             critic.shift.copy_(mean / max(1 - gamma, 1e-3)), critic.scale.copy_(std.clamp(min=1e-3))
@@ -545,7 +542,8 @@ def train(args: Args) -> None:
                 mean, std, score = float(returns.mean()), float(returns.std()), normalize(env_id, float(returns.mean()))
                 row = dict(step=step, wall_time_s=round(seconds, 1), return_mean=mean, return_std=std)
                 evaluations.append(row | dict(episodes=len(returns), normalized_score=score))
-                logs |= {"eval/return_mean": mean, "eval/return_std": std, "eval/normalized_score": score}
+                for name in ("return_mean", "return_std", "normalized_score"):
+                    writer.add_scalar(f"eval/{name}", evaluations[-1][name], step)
                 bar.write(f"eval at update {step:,}: return {mean:.2f} ± {std:.2f}, normalised {score:.1f}")
             if not all(value.isfinite().all() for value in agent.state_dict().values()):
                 raise FloatingPointError(f"update {step}: the networks have diverged")  # the last good checkpoint stays
@@ -619,8 +617,9 @@ def parse(argv: list[str]) -> Args:
     """The command line, over the defaults of its task or over the arguments of the run or policy that it names."""
     words = [part for word in argv for part in word.split("=", 1)]
     given = dict(zip((word.replace("_", "-") for word in words), words[1:]))
-    if argv and not argv[0].startswith("-"):
-        raise BadInput(f"{argv[0]!r} stands without its flag: --dataset {argv[0]}?")
+    for flag, value in zip(["", *argv], argv):
+        if value == "" or flag == "" and value[0] != "-":
+            raise BadInput(f"{flag} needs a value" if flag else f"{value!r} stands without a flag: --dataset {value}?")
     if run := given.get("--resume"):
         default, free = Args(**load(Path(run, "config.json"))["args"]), WITH_RESUME
     elif path := given.get("--evaluate"):
@@ -630,12 +629,12 @@ def parse(argv: list[str]) -> Args:
     args = tyro.cli(Args, args=argv, default=default, prog="dom2.py")
     changed = [name for name, value in vars(default).items() if getattr(args, name) != value and name not in free]
     ranges = (
-        (0, 2**31 - 1, "seed data_seed torch_threads thresholds"),
+        (0, 2**31 - 1, "seed data_seed torch_threads thresholds q_weight cql_weight"),
         (1, 10**9, "total_updates eval_every eval_episodes batch_size solver_steps cql_actions"),
         (4, 10**6, "policy_hidden critic_hidden"),
-        (0.0, 1.0, "gamma tau top_quantile q_rows cql_rows"),
-        (0.0, 1e9, "q_weight cql_weight"),
-        (1e-12, 1e9, "policy_lr q_lr grad_clip data_fraction"),
+        (0.0, 1.0, "gamma tau top_quantile"),
+        (1e-9, 1.0, "data_fraction q_rows cql_rows"),
+        (1e-12, 1e15, "policy_lr q_lr grad_clip"),
     )
     for low, high, name in ((low, high, name) for low, high, names in ranges for name in names.split()):
         if not low <= getattr(args, name) <= high:
@@ -643,6 +642,7 @@ def parse(argv: list[str]) -> Args:
     args.capture_video and check_video()
     for holds, rule in (
         (not changed, f"--{' --'.join(changed).replace('_', '-')} cannot be changed for what is there already"),
+        (args.total_updates >= default.total_updates * bool(args.resume), "--total-updates can only grow"),
         (args.device != "cuda" or torch.cuda.is_available(), "--device cuda: torch finds no CUDA device here"),
         (args.policy == "diffusion" or args.q_weight, "--policy deterministic needs a --q-weight: it does not imitate"),
         (not args.shift or args.evaluate, "--shift goes with --evaluate: training is on data only"),

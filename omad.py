@@ -248,7 +248,6 @@ class GaussianPolicy(nn.Module):
 # 3. Critic ============================================================================================================
 class BatchRenorm(nn.Module):
     """Batch renormalisation of x [Q, B, D] over B, with statistics of each of the Q networks (arXiv 1702.03275).
-
     In training by the batch's statistics, corrected towards the running ones after `warmup` calls; else by those."""
 
     def __init__(self, critics: int, size: int, momentum: float, warmup: int):
@@ -408,9 +407,8 @@ class OMAD(nn.Module):
 
 
 def graphed(function: Callable, enabled: bool) -> Callable:
-    """A function of tensors; if `enabled`, captured as a CUDA graph for each set of shapes: one launch, not hundreds.
-
-    It must neither wait nor draw random numbers. Three plain calls come first; the next call overwrites a result."""
+    """A function of tensors that neither waits nor draws; if `enabled`, captured as a CUDA graph, one a set of shapes.
+    Three plain calls come first. The next call overwrites a result."""
     calls, graphs = {}, {}
 
     def call(*inputs: Tensor):
@@ -523,7 +521,7 @@ def train(args: Args, envs: gym.vector.VectorEnv | None = None) -> None:
                 mean, std = float(returns.mean()), float(returns.std())
                 row = dict(step=step, wall_time_s=round(seconds, 1), return_mean=mean, return_std=std)
                 evaluations.append(row | dict(episodes=len(returns)))
-                logs |= {"eval/return_mean": mean, "eval/return_std": std}
+                writer.add_scalar("eval/return_mean", mean, step), writer.add_scalar("eval/return_std", std, step)
                 bar.write(f"eval at step {step:,}: return {mean:.2f} ± {std:.2f}")
             if not all(value.isfinite().all() for value in agent.state_dict().values()):
                 raise FloatingPointError(f"step {step}: the networks have diverged")  # the last good checkpoint stays
@@ -616,8 +614,9 @@ def parse(argv: list[str]) -> Args:
     """The command line, over the defaults of its task or over the arguments of the run or policy that it names."""
     words = [part for word in argv for part in word.split("=", 1)]
     given = dict(zip((word.replace("_", "-") for word in words), words[1:]))
-    if argv and not argv[0].startswith("-"):
-        raise BadInput(f"{argv[0]!r} stands without its flag: --env-id {argv[0]}?")
+    for flag, value in zip(["", *argv], argv):
+        if value == "" or flag == "" and value[0] != "-":
+            raise BadInput(f"{flag} needs a value" if flag else f"{value!r} stands without a flag: --env-id {value}?")
     if run := given.get("--resume"):
         default, free = Args(**load(Path(run, "config.json"))["args"]), WITH_RESUME
     elif path := given.get("--evaluate"):
@@ -630,8 +629,8 @@ def parse(argv: list[str]) -> Args:
         (0, 2**31 - 1, "seed torch_threads learning_starts bn_warmup"),
         (1, 10**9, "total_timesteps num_envs eval_episodes buffer_size policy_frequency denoising_steps"),
         (2, 10**6, "batch_size n_atoms policy_hidden critic_hidden"),
-        (0.0, 1.0, "gamma bn_momentum tau"),
-        (1e-12, 1e9, "policy_lr q_lr alpha alpha_lr policy_grad_clip updates_per_step"),
+        (0.0, 1.0, "gamma bn_momentum tau adam_beta1"),
+        (1e-12, 1e15, "policy_lr q_lr alpha alpha_lr policy_grad_clip updates_per_step"),
     )
     for low, high, name in ((low, high, name) for low, high, names in ranges for name in names.split()):
         if not low <= getattr(args, name) <= high:
@@ -640,6 +639,7 @@ def parse(argv: list[str]) -> Args:
     updates, episodes = args.updates_per_step * args.num_envs, args.num_envs * find_task(args.env_id).horizon
     for holds, rule in (
         (not changed, f"--{' --'.join(changed).replace('_', '-')} cannot be changed for what is there already"),
+        (args.total_timesteps >= default.total_timesteps * bool(args.resume), "--total-timesteps can only grow"),
         (args.device != "cuda" or torch.cuda.is_available(), "--device cuda: torch finds no CUDA device here"),
         (abs(updates - (round(updates) or 1)) < 1e-6, "--updates-per-step times --num-envs must be a whole number"),
         (-1e9 <= args.v_min < args.v_max <= 1e9, "--v-min must be below --v-max"),
