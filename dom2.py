@@ -1,13 +1,11 @@
 """DOM2: offline multi-agent reinforcement learning with diffusion policies, in one file to read from top to bottom.
 
-    python dom2.py                                # makes its data if need be, and learns on a laptop CPU within minutes
-    python dom2.py --dataset omar_simple_tag-expert         # datasets/README.md lists the names; or a folder's path
+    python dom2.py --dataset omar_simple_spread-medium   # makes the data if need be, learns on a laptop within minutes
     python dom2.py --evaluate runs/<run>          # return of a saved policy: a run's directory, or a policy.pt alone
     python dom2.py --resume runs/<run>            # goes on after a crash; on the CPU as if it had not happened
 
 Method: "Improving Generalization and Data Efficiency with Diffusion in Offline Multi-agent RL", arXiv 2307.01472
 [DOM2], whose code is not public. What is not its is marked [deviation En]; README.md says why, and how sure we are.
-
 Every agent learns alone from its own observations, actions and rewards, and acts alone. Its policy turns Gaussian noise
 into an action by a few steps of a fast ODE solver. It learns to imitate the data (a diffusion loss) and, at the same
 time, to raise its own critic, by the gradient through all solver steps. The twin critics are pessimistic about actions
@@ -40,8 +38,8 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from common.datasets import SPLITS, Dataset, check_sizes, find_env_id, is_folder, normalize, open_dataset, stack_rows
-from common.envs import BadInput, TeamEnv, demonstrate, evaluate, find_task, make_env, make_vec, mix_seed, record_video
-from common.envs import versions
+from common.envs import BadInput, TeamEnv, check_video, demonstrate, evaluate, find_task, make_env, make_vec, mix_seed
+from common.envs import record_video, versions
 
 
 # 1. Arguments =========================================================================================================
@@ -192,8 +190,8 @@ class MLP(nn.Module):
 class DiffusionPolicy(nn.Module):
     """N independent diffusion policies pi_j(a_j | o_j): a noise prediction eps_j(x, o_j, t), sampled with a DPM-Solver.
 
-    Forward process: x_t ~ N(alpha_t a, sigma_t^2 I) for t from 0 to 1, with alpha_t^2 + sigma_t^2 = 1 and
-    log alpha_t = -(20 - 0.1) t^2 / 4 - 0.1 t / 2 [DOM2 SDE]. Sampling goes back from x_1 ~ N(0, I) in K steps."""
+    Forward process [DOM2 SDE]: x_t ~ N(alpha_t a, sigma_t^2 I) for t from 0 to 1, alpha_t^2 + sigma_t^2 = 1 and
+    log alpha_t = -(20 - 0.1) t^2 / 4 - 0.1 t / 2. Sampling goes back from x_1 ~ N(0, I) in K steps."""
 
     def __init__(self, obs_sizes: list[int], action_sizes: list[int], args: Args, steps: int = 0):
         super().__init__()
@@ -297,7 +295,6 @@ class Critic(nn.Module):
 
 # 4. Losses and updates ================================================================================================
 POLICIES = {"diffusion": DiffusionPolicy, "deterministic": DeterministicPolicy}
-Batch = Logs = dict[str, Tensor]
 
 
 class DOM2(nn.Module):
@@ -314,11 +311,10 @@ class DOM2(nn.Module):
         self.policy_adam = adam(self.policy.parameters(), torch.tensor(args.policy_lr, device=device))
         self.critic_adam = adam(self.critic.parameters(), torch.tensor(args.q_lr, device=device))
         self.adams = (self.policy_adam, self.critic_adam)
-        if args.compile:
-            losses = (self.critic_loss, self.imitation_loss, self.value_loss)
-            self.critic_loss, self.imitation_loss, self.value_loss = map(torch.compile, losses)
+        for name in ("critic_loss", "imitation_loss", "value_loss") if args.compile else ():
+            setattr(self, name, torch.compile(getattr(self, name)))
 
-    def critic_loss(self, batch: Batch, uniform: Tensor, noise: Tensor) -> tuple[Tensor, Logs, Tensor]:
+    def critic_loss(self, batch: dict, uniform: Tensor, noise: Tensor) -> tuple[Tensor, dict, Tensor]:
         """Bellman error, and pessimism about actions outside the data, summed over agents [DOM2 critic]:
 
             L = sum_q E[(Q_q(o, a) - y)^2] + zeta E[logsumexp_M Q_q(o, a~) - Q_q(o, a)]
@@ -343,7 +339,7 @@ class DOM2(nn.Module):
         logs |= {"diag/critic_disagreement": (value[0] - value[1]).abs().mean(), "diag/value_spread": spread.mean()}
         return loss, {name: x.detach() for name, x in logs.items()}, spread
 
-    def imitation_loss(self, batch: Batch, t: Tensor, eps: Tensor) -> tuple[Tensor, Logs]:
+    def imitation_loss(self, batch: dict, t: Tensor, eps: Tensor) -> tuple[Tensor, dict]:
         """L = E || alpha_t eps - sigma_t a - v_theta(alpha_t a + sigma_t eps, o, t) ||^2, over agents [DOM2 imitation].
 
         t [1, B], eps [N, B, A]. It is the paper's || eps - eps_theta ||^2 over alpha_t^2 [deviation E6]: errors count
@@ -354,7 +350,7 @@ class DOM2(nn.Module):
         loss = ((alpha * eps - sigma * action - v) ** 2).sum(-1).mean(1).sum()
         return loss, {"losses/imitation": loss.detach()}
 
-    def value_loss(self, batch: Batch, noise: Tensor, spread: Tensor) -> tuple[Tensor, Logs]:
+    def value_loss(self, batch: dict, noise: Tensor, spread: Tensor) -> tuple[Tensor, dict]:
         """L = -eta E[min_q Q_q(o, b)] / scale, b from the policy by all solver steps, summed over agents [DOM2 value].
 
         scale is E|Q(o, a)| in the paper; by default how much Q varies over actions [deviation E4], because where
@@ -372,15 +368,15 @@ class DOM2(nn.Module):
     def draw(self) -> list[Tensor]:
         """The randomness of one update but the batch: uniform actions, noise of the next action, t, eps, noise."""
         args, mask, b, device = self.args, self.policy.action_mask, self.args.batch_size, self.critic.shift.device
-        n, _, a = mask.shape
-        uniform = (torch.rand(args.cql_actions, n, self.cql_rows, a, device=device) * 2 - 1) * mask
+        shape = (args.cql_actions, *mask.expand(-1, self.cql_rows, -1).shape)
+        uniform = (torch.rand(shape, device=device) * 2 - 1) * mask
         if args.policy == "deterministic":
             return [uniform, *(self.policy.noise(b) for _ in range(4))]
-        eps, next_noise = torch.randn(n, b, a, device=device), self.policy.noise(b)
+        eps, next_noise = self.policy.noise(b), self.policy.noise(b)
         t = 1e-3 + (1 - 1e-3) * torch.rand(1, b, device=device)
         return [uniform, next_noise, t, eps, self.policy.noise(self.q_rows)]
 
-    def update(self, batch: Batch, uniform: Tensor, next_noise: Tensor, t: Tensor, eps: Tensor, noise: Tensor) -> Logs:
+    def update(self, batch: dict, uniform: Tensor, next_noise: Tensor, t: Tensor, eps: Tensor, noise: Tensor) -> dict:
         """One update of critics, if anybody asks them, policies and averages."""
         loss, logs = self.imitation_loss(batch, t, eps) if self.args.policy == "diffusion" else (0.0, {})
         if self.args.q_weight > 0:  # imitation alone asks no critic, and trains none
@@ -408,8 +404,7 @@ class DOM2(nn.Module):
 def graphed(function: Callable, enabled: bool) -> Callable:
     """A function of tensors; if `enabled`, captured as a CUDA graph for each set of shapes: one launch, not hundreds.
 
-    It must neither wait nor draw random numbers. Its result is overwritten by the next call. Three plain calls come
-    first, in which libraries and optimisers set themselves up."""
+    It must neither wait nor draw random numbers. Three plain calls come first; the next call overwrites a result."""
     calls, graphs = {}, {}
 
     def call(*inputs: Tensor):
@@ -464,7 +459,7 @@ class Data:
         share = torch.rand(len(self.upto), batch, device=self.upto.device, dtype=torch.float64)
         return torch.searchsorted(self.upto, (share * self.upto[:, -1:]).long(), right=True)
 
-    def sample(self, rows: Tensor) -> Batch:
+    def sample(self, rows: Tensor) -> dict:
         """obs [N, B, O], next_obs, action [N, B, A], reward [N, B], terminated [N, B]."""
         named = dict(zip(self.widths, self.table[rows, self.agents].split(list(self.widths.values()), -1)))
         return named | {name: named[name].squeeze(-1) for name in ("reward", "terminated")}
@@ -504,7 +499,6 @@ def make_act(policy: nn.Module, args: Args = Args()) -> Callable[[np.ndarray], n
 
 def train(args: Args) -> None:
     """The whole of training or, with `args.resume`, the rest of it."""
-    # Open.
     source = open_dataset(args.dataset, args.data_fraction, args.seed, args.env_id, args.data_seed)
     env_id, task = source.env_id, dict(observation=args.observation, prey=args.prey)
     env, eval_envs = make_env(env_id, **task), make_vec(env_id, args.eval_episodes, **task)
@@ -623,7 +617,6 @@ def load_policy(path: str | Path, steps: int = 0) -> tuple[DiffusionPolicy | Det
 
 def parse(argv: list[str]) -> Args:
     """The command line, over the defaults of its task or over the arguments of the run or policy that it names."""
-    argv = [f"{float(x):.0f}" if x[:1].isdigit() and "e" in x and "-" not in x else x for x in argv]  # 1e6 is a number
     words = [part for word in argv for part in word.split("=", 1)]
     given = dict(zip((word.replace("_", "-") for word in words), words[1:]))
     if argv and not argv[0].startswith("-"):
@@ -636,15 +629,21 @@ def parse(argv: list[str]) -> Args:
         default, free = preset(given.get("--dataset", Args.dataset), given.get("--env-id", "")), vars(Args())
     args = tyro.cli(Args, args=argv, default=default, prog="dom2.py")
     changed = [name for name, value in vars(default).items() if getattr(args, name) != value and name not in free]
-    counts = "total_updates eval_every eval_episodes batch_size solver_steps policy_hidden critic_hidden cql_actions"
-    shares = (args.data_fraction, args.q_rows, args.cql_rows)
+    ranges = (
+        (0, 2**31 - 1, "seed data_seed torch_threads thresholds"),
+        (1, 10**9, "total_updates eval_every eval_episodes batch_size solver_steps cql_actions"),
+        (4, 10**6, "policy_hidden critic_hidden"),
+        (0.0, 1.0, "gamma tau top_quantile q_rows cql_rows"),
+        (0.0, 1e9, "q_weight cql_weight"),
+        (1e-12, 1e9, "policy_lr q_lr grad_clip data_fraction"),
+    )
+    for low, high, name in ((low, high, name) for low, high, names in ranges for name in names.split()):
+        if not low <= getattr(args, name) <= high:
+            raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: must be from {low} to {high}")
+    args.capture_video and check_video()
     for holds, rule in (
         (not changed, f"--{' --'.join(changed).replace('_', '-')} cannot be changed for what is there already"),
         (args.device != "cuda" or torch.cuda.is_available(), "--device cuda: torch finds no CUDA device here"),
-        (all(getattr(args, name) > 0 for name in counts.split()), f"must be above 0: {counts.replace('_', '-')}"),
-        (0 <= args.gamma <= 1 and 0 <= args.tau <= 1, "--gamma and --tau must be between 0 and 1"),
-        (min(args.policy_lr, args.q_lr) > 0 and args.seed >= 0, "learning rates must be above 0, --seed at least 0"),
-        (0 < min(shares) <= max(shares) <= 1, "--data-fraction, --q-rows and --cql-rows must be above 0 and at most 1"),
         (args.policy == "diffusion" or args.q_weight, "--policy deterministic needs a --q-weight: it does not imitate"),
         (not args.shift or args.evaluate, "--shift goes with --evaluate: training is on data only"),
     ):
@@ -662,7 +661,8 @@ def main(argv: list[str] | None = None) -> int:
             policy, saved = load_policy(args.evaluate, args.solver_steps)
             act, film = make_act(policy.to(pick_device(args.device)), args), args.evaluate * args.capture_video
             task = dict(film=film, observation=args.observation, prey=args.prey, shift=args.shift)
-            demonstrate(act, saved["env_id"], args.eval_episodes, mix_seed(args.seed, 1), **task)
+            mean = demonstrate(act, saved["env_id"], args.eval_episodes, mix_seed(args.seed, 1), **task)
+            print(f"normalised {normalize(saved['env_id'], mean):.1f}")
         else:
             train(args)
         return 0

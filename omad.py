@@ -7,7 +7,6 @@
 Method: "Diffusing to Coordinate: Efficient Online Multi-Agent Diffusion Policies", arXiv 2602.18291 [OMAD] and, where
 that leaves a choice open, the method it extends, "DIME: Diffusion-Based Maximum Entropy Reinforcement Learning", arXiv
 2502.02316 [DIME]. What is neither's is marked [deviation Dn]; README.md has the reasons.
-
 Every agent turns Gaussian noise into an action by a few denoising steps that see only its own observation. The joint
 entropy of such policies is intractable; it is replaced by a lower bound, a sum over agents of path costs C_i. One
 centralised distributional critic learns the return plus that entropy bonus. All agents are updated at once, by the
@@ -40,8 +39,8 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from common.envs import BadInput, RecordPositions, TeamEnv, demonstrate, evaluate, find_task, make_env, make_vec
-from common.envs import mix_seed, record_video, task_table, versions
+from common.envs import BadInput, RecordPositions, TeamEnv, check_video, demonstrate, evaluate, find_task, make_env
+from common.envs import make_vec, mix_seed, record_video, task_table, versions
 
 
 # 1. Arguments =========================================================================================================
@@ -250,8 +249,7 @@ class GaussianPolicy(nn.Module):
 class BatchRenorm(nn.Module):
     """Batch renormalisation of x [Q, B, D] over B, with statistics of each of the Q networks (arXiv 1702.03275).
 
-    In training it uses the batch's statistics, corrected (without gradient) towards the running ones, but for the first
-    `warmup` calls, which are plain batch normalisation; in evaluation it uses the running ones."""
+    In training by the batch's statistics, corrected towards the running ones after `warmup` calls; else by those."""
 
     def __init__(self, critics: int, size: int, momentum: float, warmup: int):
         super().__init__()
@@ -302,7 +300,6 @@ class Critic(nn.Module):
 
 # 4. Losses and updates ================================================================================================
 POLICIES = {"diffusion": DiffusionPolicy, "gaussian": GaussianPolicy}
-Batch = Logs = dict[str, Tensor]
 
 
 def project(probs: Tensor, places: Tensor, atoms: Tensor) -> Tensor:
@@ -312,8 +309,8 @@ def project(probs: Tensor, places: Tensor, atoms: Tensor) -> Tensor:
     lower = place.floor().clamp(max=len(atoms) - 2)
     share = place - lower  # of the upper neighbour
     index = lower.long().clamp(min=0)  # a NaN must end in the loss, where it is reported, not as a wild index
-    result = torch.zeros_like(probs).scatter_add_(-1, index, probs * (1 - share))
-    return result.scatter_add_(-1, index + 1, probs * share)
+    low = torch.zeros_like(probs).scatter_add_(-1, index, probs * (1 - share))
+    return low.scatter_add_(-1, index + 1, probs * share)
 
 
 class OMAD(nn.Module):
@@ -336,7 +333,7 @@ class OMAD(nn.Module):
         if args.compile:
             self.critic_loss, self.policy_loss = torch.compile(self.critic_loss), torch.compile(self.policy_loss)
 
-    def critic_loss(self, batch: Batch, noise: Tensor) -> tuple[Tensor, Logs]:
+    def critic_loss(self, batch: dict, noise: Tensor) -> tuple[Tensor, dict]:
         """Cross-entropy to the entropy-regularised distributional target [OMAD critic], with p_q the masses of Z_q:
 
             L = sum_q E[-sum_j target_j log p_qj(s, a) + 0.005 sum_j p_qj log p_qj]
@@ -367,7 +364,7 @@ class OMAD(nn.Module):
         logs["diag/target_mass_at_ends"] = (target[:, 0] + target[:, -1]).mean()
         return loss, logs
 
-    def policy_loss(self, batch: Batch, noise: Tensor) -> tuple[Tensor, Logs, Tensor]:
+    def policy_loss(self, batch: dict, noise: Tensor) -> tuple[Tensor, dict, Tensor]:
         """One step for all agents at once: L = E[-mean_q E[Z_q(s, a_1..a_N)] + alpha sum_i C_i] [OMAD policies].
 
         Its gradient runs through the critics, held fixed, and the whole chain. Also returns sum_i running_i [B]."""
@@ -380,13 +377,13 @@ class OMAD(nn.Module):
         logs["diag/action_saturation"] = (action.detach().abs() > 0.99).float().mean()
         return loss, logs, running.detach().sum(1)
 
-    def temperature_loss(self, running: Tensor) -> tuple[Tensor, Logs]:
+    def temperature_loss(self, running: Tensor) -> tuple[Tensor, dict]:
         """L = -alpha (E[sum_i running_i] - 4 dim(A)): too little noise, so a high cost, raises alpha [OMAD alpha]."""
         alpha, running = self.log_alpha.exp(), running.mean()
         loss = -alpha * (running - self.target_cost)
         return loss, {"losses/temperature": loss.detach(), "diag/running_cost": running, "diag/alpha": alpha.detach()}
 
-    def update(self, batch: Batch, critic_noise: Tensor, policy_noise: Tensor | None = None) -> Logs:
+    def update(self, batch: dict, critic_noise: Tensor, policy_noise: Tensor | None = None) -> dict:
         """One update of the critics and, if there is noise for it, of policies and temperature, on the same batch."""
         loss, logs = self.critic_loss(batch, critic_noise)
         self.critic_adam.zero_grad()
@@ -413,8 +410,7 @@ class OMAD(nn.Module):
 def graphed(function: Callable, enabled: bool) -> Callable:
     """A function of tensors; if `enabled`, captured as a CUDA graph for each set of shapes: one launch, not hundreds.
 
-    It must neither wait nor draw random numbers. Its result is overwritten by the next call. Three plain calls come
-    first, in which libraries and optimisers set themselves up."""
+    It must neither wait nor draw random numbers. Three plain calls come first; the next call overwrites a result."""
     calls, graphs = {}, {}
 
     def call(*inputs: Tensor):
@@ -452,7 +448,7 @@ class Replay:
         self.table[places.to(self.table.device)] = torch.from_numpy(rows).to(self.table.device)
         self.added += count
 
-    def sample(self, rows: Tensor) -> Batch:
+    def sample(self, rows: Tensor) -> dict:
         """obs and next_obs [B, N, O], state and next_state [B, S], action [B, N, A], reward and terminated [B]."""
         parts = self.table[rows].split(self.widths, 1)
         return {name: part.view(-1, *shape) for (name, shape), part in zip(self.shapes.items(), parts)}
@@ -484,7 +480,6 @@ def make_act(policy: nn.Module, args: Args) -> Callable[[np.ndarray], np.ndarray
 
 def train(args: Args, envs: gym.vector.VectorEnv | None = None) -> None:
     """The whole of training or, with `args.resume`, the rest of it; in `envs`, if the caller wants to look on."""
-    # Open.
     task = dict(observation=args.observation, prey=args.prey)
     env, eval_envs = make_env(args.env_id, **task), make_vec(args.env_id, args.eval_episodes, **task)
     name = f"{args.env_id}__omad__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() // 1000 % 10**6:06d}"
@@ -516,8 +511,7 @@ def train(args: Args, envs: gym.vector.VectorEnv | None = None) -> None:
         replay.table[:count] = saved["replay"].to(device)
         if len(saved["random"]) == len(random.get_rng_state()):  # not so if that was on another kind of device
             random.set_rng_state(saved["random"])
-    count = sum(p.numel() for p in agent.parameters())
-    print(f"task      {args.env_id}: {find_task(args.env_id).description}; {count:,} parameters on {device}")
+    print(f"task      {args.env_id}: {find_task(args.env_id).description}; on {device}")
     print(f"logs      {run.resolve()}    (watch: tensorboard --logdir {run.parent})", flush=True)
     writer, logs, obs, started = SummaryWriter(str(run), purge_step=step + 1), {}, None, time.time() - seconds
     bar = tqdm(total=args.total_timesteps, initial=step, unit=" steps", mininterval=2, file=sys.stdout)
@@ -537,7 +531,7 @@ def train(args: Args, envs: gym.vector.VectorEnv | None = None) -> None:
             checkpoint = dict(
                 format=FORMAT, step=step, updates=updates, seconds=seconds, evaluations=evaluations,
                 agent=agent.state_dict(), adams=[adam.state_dict()["state"] for adam in agent.adams],
-                added=replay.added, replay=replay.table[: replay.added], random=random.get_rng_state(),
+                added=replay.added, replay=replay.table[: replay.added].clone(), random=random.get_rng_state(),
                 positions=torch.tensor(envs.positions),
             )  # fmt: skip
             table = [",".join(evaluations[0]), *(",".join(map(str, row.values())) for row in evaluations)]
@@ -620,7 +614,6 @@ def load_policy(path: str | Path, steps: int = 0) -> tuple[DiffusionPolicy | Gau
 
 def parse(argv: list[str]) -> Args:
     """The command line, over the defaults of its task or over the arguments of the run or policy that it names."""
-    argv = [f"{float(x):.0f}" if x[:1].isdigit() and "e" in x and "-" not in x else x for x in argv]  # 1e6 is a number
     words = [part for word in argv for part in word.split("=", 1)]
     given = dict(zip((word.replace("_", "-") for word in words), words[1:]))
     if argv and not argv[0].startswith("-"):
@@ -633,18 +626,25 @@ def parse(argv: list[str]) -> Args:
         default, free = preset(given.get("--env-id", Args.env_id)), vars(Args())
     args = tyro.cli(Args, args=argv, default=default, prog="omad.py")
     changed = [name for name, value in vars(default).items() if getattr(args, name) != value and name not in free]
+    ranges = (
+        (0, 2**31 - 1, "seed torch_threads learning_starts bn_warmup"),
+        (1, 10**9, "total_timesteps num_envs eval_episodes buffer_size policy_frequency denoising_steps"),
+        (2, 10**6, "batch_size n_atoms policy_hidden critic_hidden"),
+        (0.0, 1.0, "gamma bn_momentum tau"),
+        (1e-12, 1e9, "policy_lr q_lr alpha alpha_lr policy_grad_clip updates_per_step"),
+    )
+    for low, high, name in ((low, high, name) for low, high, names in ranges for name in names.split()):
+        if not low <= getattr(args, name) <= high:
+            raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: must be from {low} to {high}")
+    args.capture_video and check_video()
     updates, episodes = args.updates_per_step * args.num_envs, args.num_envs * find_task(args.env_id).horizon
-    counts = "num_envs eval_episodes batch_size policy_frequency denoising_steps policy_hidden critic_hidden n_atoms"
     for holds, rule in (
         (not changed, f"--{' --'.join(changed).replace('_', '-')} cannot be changed for what is there already"),
         (args.device != "cuda" or torch.cuda.is_available(), "--device cuda: torch finds no CUDA device here"),
-        (all(getattr(args, name) > 0 for name in counts.split()), f"must be above 0: {counts.replace('_', '-')}"),
-        (0 <= args.gamma <= 1, "--gamma must be between 0 and 1"),
-        (min(args.policy_lr, args.q_lr, args.alpha_lr, args.alpha) > 0, "learning rates and --alpha must be above 0"),
         (abs(updates - (round(updates) or 1)) < 1e-6, "--updates-per-step times --num-envs must be a whole number"),
-        (args.v_min < args.v_max, "--v-min must be below --v-max"),
-        (0 <= args.learning_starts < args.total_timesteps, "--learning-starts must be below --total-timesteps"),
-        (args.buffer_size >= args.num_envs, "--buffer-size must be at least --num-envs"),
+        (-1e9 <= args.v_min < args.v_max <= 1e9, "--v-min must be below --v-max"),
+        (args.learning_starts < args.total_timesteps, "--learning-starts must be below --total-timesteps"),
+        (args.num_envs <= args.buffer_size, "--buffer-size must be at least --num-envs"),
         (args.eval_every >= episodes, f"--eval-every must be at least {episodes}, an episode in each environment"),
     ):
         if not holds:

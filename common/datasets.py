@@ -160,7 +160,10 @@ def is_folder(source: str | Path) -> bool:
 def find_env_id(source: str | Path, env_id: str = "") -> str:
     """The task of a data set: of its name, or by its card, its path or `env_id`. No array is read."""
     if not is_folder(source):
-        return split_name(str(source))[0]
+        task = split_name(str(source))[0]
+        if env_id not in ("", task):
+            raise BadInput(f"--env-id {env_id}: {source} is of {task}")
+        return task
     folder, names = Path(source).expanduser(), {name: task for task, name in FOLDERS.items()}
     if not folder.is_dir():
         raise BadInput(f"{source}: there is no such folder")
@@ -196,6 +199,8 @@ def split_episodes(env_id: str, marks: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 def open_dataset(source: str | Path, fraction=1.0, seed=0, env_id="", data_seed=0) -> Dataset:
     """`load_dataset`, but a data set of this project's that is not there yet is made first."""
+    if data_seed and is_folder(source):
+        raise BadInput("--data-seed goes with the name of a data set, not with a folder")
     if not is_folder(source) and not data_folder(source, data_seed).is_dir():
         print(f"data      {source} is not there yet: making it", flush=True)
         script = Path(__file__).parent.parent / "datasets" / "collect.py"

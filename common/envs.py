@@ -479,15 +479,20 @@ def record_video(act: Act, env_id: str, folder: Path, seed: int, observation="",
     print(f"videos    {folder}")
 
 
-def demonstrate(act: Act, env_id: str, episodes: int, seed: int, film: str = "", **options) -> None:
-    """Prints the return of a policy over so many episodes; films it to a folder videos beside the file or in the folder
-    `film`. `options` are those of `make_env`; start states and noise depend on `seed` only."""
+def demonstrate(act: Act, env_id: str, episodes: int, seed: int, film: str = "", **options) -> float:
+    """Prints and returns a policy's mean return over so many episodes; films it into a folder videos in or beside `film`.
+
+    `options` are those of `make_env`; start states and noise depend on `seed` only.
+    """
     returns = evaluate(act, make_vec(env_id, episodes, **options), seed)
-    said = ", ".join([env_id, *(f"{name} {value}" for name, value in options.items() if value)])
+    said = ", ".join(
+        [env_id, *(f"{name} {value}" for name, value in options.items() if value and name != "observation")]
+    )
     print(f"{said}: return {returns.mean():.2f} ± {returns.std():.2f} over {episodes} episodes")
     if film:
         folder = Path(film) if Path(film).is_dir() else Path(film).parent
         record_video(act, env_id, folder / "videos", seed, **options)
+    return float(returns.mean())
 
 
 class RecordPositions(gym.vector.VectorWrapper):

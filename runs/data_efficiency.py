@@ -1,10 +1,10 @@
 """How much of the data is needed? Return against the share of the episodes, for DOM2 and the deterministic baseline.
 
-    python runs/data_efficiency.py --datasets omar_simple_spread-expert          # trains what is missing (runs/offline.py), then shows it
-    python runs/data_efficiency.py                                               # only shows what there is
+    python runs/data_efficiency.py --datasets omar_simple_spread-expert       # trains what is missing, then shows it
+    python runs/data_efficiency.py                                            # only shows what there is
 
-The share at which DOM2 passes what the baseline earns from all of the data is the paper's claim (at most 5 %); it is interpolated between
-the shares that were run. Picture: runs/results/data_efficiency.png.
+The share at which DOM2 passes what the baseline earns from all of the data is the paper's claim (at most 5 %); it is
+interpolated between the shares that were run. Picture: runs/results/data_efficiency.png.
 """
 
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import offline
 import tyro
+from matplotlib.figure import Figure
 
 FRACTIONS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 METHODS = ("dom2", "deterministic")
@@ -21,26 +22,20 @@ METHODS = ("dom2", "deterministic")
 class Options:
     """What to train; without data sets nothing is trained."""
 
-    datasets: tuple[str, ...] = ()
-    """names of data sets"""
-    seeds: tuple[int, ...] = (1, 2, 3)
-    """seeds of training, which also draw the episodes"""
-    jobs: int = 2
-    """runs side by side"""
+    datasets: tuple[str, ...] = ()  # names of data sets
+    seeds: tuple[int, ...] = (1, 2, 3)  # seeds of training, which also draw the episodes
+    jobs: int = 2  # runs side by side
 
 
 def passing(shares: list[float], means: list[float], level: float) -> float | None:
-    """The smallest share from which on `means` stay at or above `level`, log-linear between the shares that were run."""
-    above = [mean >= level for mean in means]
-    if not above or not above[-1]:
+    """The smallest share from which on `means` stay at or above `level`, log-linear between those that were run."""
+    below = [i for i, mean in enumerate(means) if mean < level]
+    if not means or below and below[-1] == len(means) - 1:
         return None
-    first = len(above) - 1
-    while first and above[first - 1]:
-        first -= 1
-    if not first:
+    if not below:
         return shares[0]
-    part = (level - means[first - 1]) / (means[first] - means[first - 1])
-    return float(np.exp(np.interp(part, [0, 1], np.log([shares[first - 1], shares[first]]))))
+    last = slice(below[-1], below[-1] + 2)
+    return float(np.exp(np.interp(level, means[last], np.log(shares[last]))))
 
 
 def main() -> None:
@@ -50,15 +45,14 @@ def main() -> None:
     for dataset in sorted(path.name for path in offline.RESULT.glob("*")):
         for method in METHODS:
             found = {f: offline.read(dataset, method, f) for f in FRACTIONS}
-            curves[dataset, method] = {
-                f: (np.mean([*v.values()]), np.std([*v.values()], ddof=len(v) > 1), len(v)) for f, v in found.items() if v
-            }
+            told = lambda values: (np.mean(values), np.std(values, ddof=len(values) > 1), len(values))
+            curves[dataset, method] = {f: told([*v.values()]) for f, v in found.items() if v}
     shown = [dataset for dataset in dict.fromkeys(key[0] for key in curves) if len(curves[dataset, "dom2"]) > 1]
-    print("| data set | method | " + " | ".join(f"{f:.0%}" for f in FRACTIONS) + " |\n|---|---|" + "---|" * len(FRACTIONS))
+    offline.head("data set", "method", *(f"{f:.0%}" for f in FRACTIONS))
     for dataset in shown:
         for method in METHODS:
-            cells = [curves[dataset, method].get(f) for f in FRACTIONS]
-            print(f"| {dataset} | {method} | " + " | ".join(f"{c[0]:.0f} ± {c[1]:.0f} ({c[2]})" if c else "" for c in cells) + " |")
+            found = [curves[dataset, method].get(f) for f in FRACTIONS]
+            offline.line(dataset, method, *(f"{c[0]:.0f} ± {c[1]:.0f} ({c[2]})" if c else "" for c in found))
         whole = curves[dataset, "deterministic"].get(1.0)
         if whole:
             own = curves[dataset, "dom2"]
@@ -70,20 +64,16 @@ def main() -> None:
 
 
 def draw(curves: dict, shown: list[str]) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(shown), figsize=(4.2 * len(shown), 3.2), layout="constrained", squeeze=False)
-    for axis, dataset in zip(axes[0], shown):
+    figure = Figure(figsize=(4.2 * len(shown), 3.2), layout="constrained")
+    for axis, dataset in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown):
         for k, method in enumerate(METHODS):
             points = curves[dataset, method]
             mean, std = (np.array([value[i] for value in points.values()]) for i in (0, 1))
             axis.errorbar([100 * f for f in points], mean, std, color=f"C{k}", marker="o", capsize=3, label=method)
             if 1.0 in points:
                 axis.axhline(points[1.0][0], color=f"C{k}", lw=0.7, ls=":")
-        axis.set(xscale="log", xlabel="% of the episodes", ylabel="return (seeds: mean ± std)", title=dataset.removeprefix("omar_"))
+        axis.set(xscale="log", xlabel="% of the episodes", ylabel="return (seeds: mean ± std)")
+        axis.set_title(dataset.removeprefix("omar_"))
         axis.grid(alpha=0.3)
         axis.legend()
     figure.savefig(offline.RESULT.parent / "data_efficiency.png", dpi=110)

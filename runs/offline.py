@@ -1,18 +1,20 @@
-"""The results of DOM2 on OMAR's data: DOM2, the same without the critic's gradient, and the deterministic baseline, side by side.
+"""The results of DOM2 on OMAR's data: DOM2, the same without the critic's gradient, and the deterministic baseline.
 
-    python runs/offline.py --datasets omar_simple_spread-medium                    # trains what is missing, evaluates, shows the table
-    python runs/offline.py --datasets omar_simple_spread-expert --fractions 0.05   # from 5 % of the episodes
-    python runs/offline.py                                                         # only the table of everything there is
+    python runs/offline.py --datasets omar_simple_spread-medium     # trains what is missing, evaluates, shows the table
+    python runs/offline.py --datasets omar_simple_spread-expert --fractions 0.05      # from 5 % of the episodes
+    python runs/offline.py                                          # only the table of everything there is
 
-Every run has the preset of its data set, but for what suits the baseline better (`baseline`). DOM2 makes the preset's number of updates;
-the others, whose updates are cheaper, make so many more (`COST`) that they take about as long: the table has the minutes of each. A run's
-last policy is then evaluated over 1000 episodes (50 of HalfCheetah) whose seed no run and no search used: fresh.csv in the run's folder,
-one row for the usual environment and one for each of its shifts. Everything is kept in
-runs/results/offline/<data set>/<method>[-<percent>]/, beside data.json, what the data earn; an interrupted run is gone on with.
+Every run has the preset of its data set, but for what suits the baseline better (`baseline`). DOM2 makes the preset's
+number of updates; the others, whose updates are cheaper, make so many more (`COST`) that they take about as long: the
+table has the minutes of each. A run's last policy is then evaluated over 1000 episodes (50 of HalfCheetah) whose seed
+no run and no search used: fresh.csv in the run's folder, one row for the usual environment and one for each of its
+shifts. Everything is kept in runs/results/offline/<data set>/<method>[-<percent>]/, beside data.json, what the data
+earn; an interrupted run is gone on with.
 """
 
 import concurrent.futures
 import csv
+import itertools
 import json
 import math
 import os
@@ -28,16 +30,16 @@ import tyro
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import dom2
-from common.datasets import SCORES, SPLITS, normalize
-from common.envs import make_env, make_vec, offers_shift
+from common.datasets import SCORES, SPLITS, normalize, open_dataset
+from common.envs import evaluate, make_vec, offers_shift
 
 RESULT = ROOT / "runs" / "results" / "offline"
 METHODS = {"dom2": "", "cloning": "--q-weight 0", "deterministic": "--policy deterministic"}
-# Milliseconds of an update on one core of a shared virtual machine, 2026-11-20, by the width of the critics, for equal time to within a
-# quarter or so: particle tasks, HalfCheetah.
+# Milliseconds of an update on one core of a shared virtual machine, 2026-11-20, by the width of the critics, for equal
+# time to within a quarter or so: particle tasks, HalfCheetah.
 COST = {"dom2": {64: 24.0, 256: 62.1}, "cloning": {64: 6.9, 256: 6.9}, "deterministic": {64: 8.0, 256: 46.0}}
 COST_ROBOT = {"dom2": {64: 28.0, 256: 56.0}, "cloning": {64: 5.6, 256: 5.6}, "deterministic": {64: 7.0, 256: 37.3}}
-# The deterministic policies: their rate, where the search found no other, and where else the preset is not what suits them.
+# The deterministic policies: their rate, where the search found no other, and what else suits them other than presets.
 BASELINE_LR = 1e-3
 BASELINE = {
     "omar_simple_spread-random": dict(thresholds=8),
@@ -68,18 +70,12 @@ FRESH = 10**6  # seed of the fresh episodes
 class Options:
     """What to train; without data sets nothing is trained."""
 
-    datasets: tuple[str, ...] = ()
-    """names of data sets"""
-    methods: tuple[str, ...] = tuple(METHODS)
-    """of dom2, cloning, deterministic"""
-    seeds: tuple[int, ...] = (1, 2, 3)
-    """seeds of training"""
-    fractions: tuple[float, ...] = (1.0,)
-    """shares of the episodes to learn from"""
-    updates: int = 0
-    """updates of DOM2, instead of the preset's"""
-    jobs: int = 2
-    """runs side by side, one core each"""
+    datasets: tuple[str, ...] = ()  # names of data sets
+    methods: tuple[str, ...] = tuple(METHODS)  # of dom2, cloning, deterministic
+    seeds: tuple[int, ...] = (1, 2, 3)  # seeds of training
+    fractions: tuple[float, ...] = (1.0,)  # shares of the episodes to learn from
+    updates: int = 0  # updates of DOM2, instead of the preset's
+    jobs: int = 2  # runs side by side, one core each
 
 
 def folder(dataset: str, method: str, fraction: float) -> Path:
@@ -152,20 +148,13 @@ def write_rows(path: Path, rows: list[dict]) -> None:
     scratch.rename(path)
 
 
-def trained(run: Path) -> tuple[dom2.DOM2, str]:
-    """The last policies and critics of a run, and its task."""
-    saved = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
-    agent = dom2.DOM2(make_env(saved["env_id"]), dom2.Args(**saved["args"]), torch.device("cpu"))
-    agent.load_state_dict(saved["agent"])
-    return agent, saved["env_id"]
-
-
 def fresh(run: Path) -> list[dict]:
     """Returns of a run's last policy over fresh episodes, in the usual environment and in its shifts."""
-    agent, env_id = trained(run)
+    policy, saved = dom2.load_policy(run)
+    env_id, act = saved["env_id"], dom2.make_act(policy)
     count, rows = 50 if "cheetah" in env_id else 1000, []
     for shift in ("", *offers_shift(env_id)):
-        returns = dom2.evaluate(agent, make_vec(env_id, count, shift=shift), FRESH)
+        returns = evaluate(act, make_vec(env_id, count, shift=shift), FRESH)
         rows.append(dict(shift=shift or "usual", return_mean=returns.mean(), return_std=returns.std(), episodes=count))
     return rows
 
@@ -176,38 +165,43 @@ def read(dataset: str, method: str, fraction: float, shift: str = "usual") -> di
 
 
 def read_folder(place: Path, shift: str) -> dict[int, float]:
-    found = {}
-    for path in sorted(place.glob("*__dom2__*/fresh.csv")):
-        row = next((row for row in csv.DictReader(path.open()) if row["shift"] == shift), None)
-        if row:
-            found[int(path.parent.name.split("__")[2])] = float(row["return_mean"])
-    return found
+    found = {int(path.parent.name.split("__")[2]): path for path in sorted(place.glob("*__dom2__*/fresh.csv"))}
+    rows = [(seed, row) for seed, path in found.items() for row in csv.DictReader(path.open())]
+    return {seed: float(row["return_mean"]) for seed, row in rows if row["shift"] == shift}
+
+
+def line(*cells: object) -> None:
+    """Of a table in Markdown."""
+    print(f"| {' | '.join(map(str, cells))} |")
+
+
+def head(*names: str) -> None:
+    line(*names)
+    print("|" + "---|" * len(names))
 
 
 def cell(values: dict[int, float]) -> str:
-    if not values:
-        return ""
-    spread = f" ± {np.std(list(values.values()), ddof=1):.1f}" if len(values) > 1 else ""
-    return f"{np.mean(list(values.values())):.1f}{spread} ({len(values)})"
+    spread = f" ± {np.std([*values.values()], ddof=1):.1f}" if len(values) > 1 else ""
+    return f"{np.mean([*values.values()]):.1f}{spread} ({len(values)})" if values else ""
 
 
 def minutes(dataset: str, method: str, fraction: float) -> str:
     """Mean wall time of the finished runs, and their updates."""
     finished = [path.with_name("eval.csv") for path in folder(dataset, method, fraction).glob("*/fresh.csv")]
     ends = [list(csv.DictReader(path.open()))[-1] for path in finished]
-    return f"{np.mean([float(end['wall_time_s']) for end in ends]) / 60:.1f} min, {int(ends[0]['step']):,}" if ends else ""
+    seconds = [float(end["wall_time_s"]) for end in ends]
+    return f"{np.mean(seconds) / 60:.1f} min, {int(ends[0]['step']):,}" if ends else ""
 
 
 def note_data(dataset: str, returns: np.ndarray) -> None:
-    """Keeps what the data of these runs earn: HalfCheetah's, made on another machine, are others than the card's. Stops if there are runs
-    on other data."""
+    """Keeps what the data of these runs earn: HalfCheetah's, made on another machine, are others than the card's. Stops
+    if there are runs on other data."""
     path = RESULT / dataset / "data.json"
     mean, std = (round(float(value), 2) for value in (returns.mean(), returns.std()))
     told = {"return_mean": mean, "return_std": std, "episodes": len(returns)}
     if path.exists() and json.loads(path.read_text()) != told and any(path.parent.glob("*/*/fresh.csv")):
-        raise SystemExit(
-            f"{path.parent} has runs on other data: theirs earn {data_return(dataset):.2f}, those here {mean:.2f}; delete it to start anew"
-        )
+        theirs = f"theirs earn {data_return(dataset):.2f}, those here {mean:.2f}"
+        raise SystemExit(f"{path.parent} has runs on other data: {theirs}; delete it to start anew")
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f"data.json.{os.getpid()}.tmp")
     scratch.write_text(json.dumps(told) + "\n")
@@ -223,7 +217,7 @@ def data_return(dataset: str) -> float:
 
 
 def compare(ours: dict[int, float], theirs: dict[int, float]) -> str:
-    """win, tie or loss of the first, by two standard errors over seeds; "" with fewer than two seeds of either."""
+    """Win, tie or loss of the first, by two standard errors over seeds; "" with fewer than two seeds of either."""
     if min(len(ours), len(theirs)) < 2:
         return ""
     a, b = np.array(list(ours.values())), np.array(list(theirs.values()))
@@ -233,56 +227,45 @@ def compare(ours: dict[int, float], theirs: dict[int, float]) -> str:
 
 def tally(verdicts: list[str]) -> str:
     """How many of each there are."""
-    counts = [(verdicts.count(word), word, words) for word, words in (("win", "wins"), ("tie", "ties"), ("loss", "losses"))]
-    return ", ".join(f"{count} {word if count == 1 else words}" for count, word, words in counts if count) or "none"
+    counts = {word: verdicts.count(word) for word in ("win", "tie", "loss")}
+    plural = lambda word: word + ("es" if word == "loss" else "s") * (counts[word] > 1)
+    return ", ".join(f"{count} {plural(word)}" for word, count in counts.items() if count) or "none"
 
 
 def show() -> None:
-    """Fresh returns of everything there is: mean ± standard deviation over seeds (number of seeds); how DOM2 fares against the other
-    two; and how often it does so with all data."""
-    print(
-        "| data set | share | data | "
-        + " | ".join(METHODS)
-        + " | against these two | normalised | time and updates of each |\n|---|---|---|"
-        + "---|" * 6
-    )
-    against = []
-    order = [f"{env_id}-{split}" for env_id in SCORES for split in SPLITS]
-    for dataset in sorted((path.name for path in RESULT.glob("*")), key=lambda name: ([*order, name].index(name), name)):
+    """Fresh returns of everything there is: mean ± standard deviation over seeds (number of seeds); how DOM2 fares
+    against the other two; and how often it does so with all data."""
+    head("data set", "share", "data", *METHODS, "against these two", "normalised", "time and updates of each")
+    against, order = [], [f"{env_id}-{split}" for env_id in SCORES for split in SPLITS]
+    place = lambda name: ([*order, name].index(name), name)
+    for dataset in sorted((path.name for path in RESULT.glob("*")), key=place):
         fractions = {float(path.name.partition("-")[2] or 100) / 100 for path in (RESULT / dataset).glob("*/")}
         for fraction in sorted(fractions, reverse=True):
             found = {method: read(dataset, method, fraction) for method in METHODS}
-            data = data_return(dataset)
             env_id, own = dataset.partition("-")[0], list(found["dom2"].values())
             score = f"{normalize(env_id, np.mean(own)):.0f}" if own and env_id in SCORES else ""
             took = "; ".join(minutes(dataset, method, fraction) for method in METHODS)
-            cells = " | ".join(map(cell, found.values()))
             verdicts = [compare(found["dom2"], found[method]) for method in OTHERS]
             if fraction == 1:
                 against.append((dataset.removeprefix("omar_").partition("-")[0], verdicts))
             said = ", ".join(verdict or "–" for verdict in verdicts)
-            print(f"| {dataset.removeprefix('omar_')} | {fraction:.0%} | {data:.0f} | {cells} | {said} | {score} | {took} |")
+            where = (dataset.removeprefix("omar_"), f"{fraction:.0%}", f"{data_return(dataset):.0f}")
+            line(*where, *map(cell, found.values()), said, score, took)
     tasks = list(dict.fromkeys(task for task, _ in against))
-    print("\nWith all data:\n\n| dom2 against | " + " | ".join(tasks) + " | all |\n|---|" + "---|" * (len(tasks) + 1))
+    print("\nWith all data:\n")
+    head("dom2 against", *tasks, "all")
     for k, method in enumerate(OTHERS):
-        parts = [tally([verdicts[k] for task, verdicts in against if one in ("", task)]) for one in (*tasks, "")]
-        print(f"| {method} | {' | '.join(parts)} |")
+        line(method, *(tally([verdicts[k] for task, verdicts in against if x in ("", task)]) for x in (*tasks, "")))
 
 
 def run(options: Options) -> None:
     """Trains and evaluates what is missing."""
     torch.set_num_threads(1)
-    jobs = [
-        (d, m, f, s, options.updates)
-        for s in options.seeds
-        for d in options.datasets
-        for f in options.fractions
-        for m in options.methods
-    ]
     for dataset in options.datasets:
-        note_data(dataset, dom2.open_data(dom2.preset(dataset)).returns)  # made here if missing, lest two runs make it at once
+        note_data(dataset, open_dataset(dataset).returns)  # made here if missing, lest two runs make it at once
+    jobs = itertools.product(options.seeds, options.datasets, options.fractions, options.methods)
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
-        list(pool.map(lambda job: train(*job), jobs))
+        list(pool.map(lambda job: train(job[1], job[3], job[2], job[0], options.updates), jobs))
 
 
 def main() -> None:

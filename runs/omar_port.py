@@ -2,7 +2,8 @@
 
     python runs/omar_port.py --prey-tag simple_tag.pt --prey-world simple_world.pt > runs/results/omar_port.txt
 
-The two files are OMAR's `pretrained_adv_model.pt` of simple_tag and simple_world. Without them, only spread is compared.
+The two files are OMAR's `pretrained_adv_model.pt` of simple_tag and simple_world. Without them, only spread is
+compared.
 """
 
 import sys
@@ -16,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from common.envs import BadInput, make_env
 from common.omar import HORIZON, ParticleVec
 
-# Mean and standard deviation of the return of uniformly random teams: measured in OMAR's environment over a few hundred episodes,
-# and of OMAR's random data, 40,000 episodes.
+# Mean and standard deviation of the return of uniformly random teams: measured in OMAR's environment over a few hundred
+# episodes, and of OMAR's random data, 40,000 episodes.
 MEASURED = {"simple_spread": (156.0, 58.0), "simple_tag": (-5.3, 8.8), "simple_world": (-7.1, 5.1)}
 DATA = {"simple_spread": (160.0, 60.0), "simple_tag": (-4.1, 10.8), "simple_world": (-6.8, 5.7)}
 EPISODES, BLOCK = 40_000, 400
@@ -27,14 +28,8 @@ EPISODES, BLOCK = 40_000, 400
 class Options:
     """Random play in OMAR's tasks."""
 
-    prey_tag: str = ""
-    """OMAR's prey of simple_tag"""
-    prey_world: str = ""
-    """OMAR's prey of simple_world"""
-
-
-# The last two columns: how far our mean is from the one measured there, in standard errors of a difference between two means of 400
-# episodes each; and how many of our blocks of 400 episodes lie within two standard errors of their own from it.
+    prey_tag: str = ""  # OMAR's prey of simple_tag
+    prey_world: str = ""  # OMAR's prey of simple_world
 
 
 def play(scenario: str, prey: str, episodes: int) -> np.ndarray:
@@ -55,17 +50,16 @@ def main() -> int:
     except BadInput as error:
         print(f"omar_port.py: error: {error}", file=sys.stderr)
         return 2
-    print(
-        "| task | prey | here, 40,000 episodes | OMAR's random data | measured in OMAR's environment | difference from that | blocks |"
-    )
-    print("|---|---|---|---|---|---|---|")
+    there = "OMAR's random data | measured in OMAR's environment | difference from that | blocks"
+    print(f"| task | prey | here, 40,000 episodes | {there} |\n|" + "---|" * 7)
     for scenario, file in files.items():
         for prey in dict.fromkeys([file, ""]):
             returns = play(scenario, prey, EPISODES)
             blocks = returns.reshape(-1, BLOCK)
             there, spread = MEASURED[scenario]
-            near = abs(blocks.mean(1) - there) < 2 * blocks.std(1) / BLOCK**0.5
-            apart = (returns.mean() - there) / np.hypot(returns.std(), spread) * BLOCK**0.5  # in standard errors, 400 episodes each
+            near = abs(blocks.mean(1) - there) < 2 * blocks.std(1) / BLOCK**0.5  # the block's own standard errors
+            # In standard errors of a difference between two means of 400 episodes each.
+            apart = (returns.mean() - there) / np.hypot(returns.std(), spread) * BLOCK**0.5
             theirs = scenario == "simple_spread" or prey
             figures = [f"{mean:g} ± {std:g}" for mean, std in (DATA[scenario], MEASURED[scenario])]
             cells = [

@@ -1,11 +1,11 @@
-"""How good can a team be in OMAR's tag and world against the project's prey? A scripted team, as a yardstick for learned ones.
+"""How good can a team be in OMAR's tag and world against the project's prey? A scripted team, as a yardstick.
 
     python runs/pursuit.py > runs/results/pursuit.txt        # searches its constants too: ten minutes
 
-Each predator steers, with a PD law, for a place of its own close to the prey: three places around it, a third of a circle apart, turned so
-that nobody has to go round. It sees what the predators see, but decides for all three together. Its four constants (distance from the
-prey, gain, damping, how far ahead of the prey to aim) are found by the cross-entropy method. Mean ± std of the team return, over
-episodes that the search did not see.
+Each predator steers, with a PD law, for a place of its own close to the prey: three places around it, a third of a
+circle apart, turned so that nobody has to go round. It sees what the predators see, but decides for all three
+together. Its four constants (distance from the prey, gain, damping, how far ahead of the prey to aim) are found by
+the cross-entropy method. Mean ± std of the team return, over episodes that the search did not see.
 """
 
 import sys
@@ -21,7 +21,7 @@ THIRDS = np.arange(3) * 2 * np.pi / 3
 
 
 def steer(obs: np.ndarray, landmarks: int, constants: np.ndarray | None) -> np.ndarray:
-    """obs [E, 3, O] -> forces [E, 3, 2] in [-1, 1]. Without constants: everybody straight at the prey, with full force."""
+    """obs [E, 3, O] -> forces [E, 3, 2] in [-1, 1]. Without constants: straight at the prey, at full force."""
     first = 4 + 2 * landmarks + 4  # behind two team mates
     prey, prey_velocity = obs[..., first : first + 2], obs[..., first + 2 : first + 4]
     if constants is None:
@@ -46,7 +46,7 @@ def play(env_id: str, constants: np.ndarray | None, episodes: int, seed: int) ->
 
 
 def search(env_id: str) -> np.ndarray:
-    """The four constants: 15 rounds of 40 candidates with 200 episodes each, of which the best 8 decide where to look next."""
+    """The four constants: 15 rounds of 40 candidates with 200 episodes each; the best 8 decide where to look next."""
     rng, mean, std = np.random.default_rng(0), np.array([0.08, 12.0, 1.0, 0.1]), np.array([0.05, 8.0, 1.0, 0.1])
     for turn in range(15):
         candidates = mean + std * rng.normal(size=(40, 4))
@@ -59,13 +59,11 @@ def search(env_id: str) -> np.ndarray:
 def main() -> None:
     for env_id in LANDMARKS:
         straight = play(env_id, None, 2000, 10**6)
-        print(f"{env_id} straight at the prey: {straight.mean():.1f} ± {straight.std():.1f} over 2000 episodes", flush=True)
+        told = lambda returns: f"{returns.mean():.1f} ± {returns.std():.1f} over 2000 episodes"
+        print(f"{env_id} straight at the prey: {told(straight)}", flush=True)
         constants = search(env_id)
-        returns = play(env_id, constants, 2000, 10**6)
-        print(
-            f"{env_id} scripted: {returns.mean():.1f} ± {returns.std():.1f} over 2000 episodes, distance, gain, damping, lead "
-            + " ".join(f"{value:.3g}" for value in constants)
-        )
+        found = " ".join(f"{value:.3g}" for value in constants)
+        print(f"{env_id} scripted: {told(play(env_id, constants, 2000, 10**6))}, distance, gain, damping, lead {found}")
 
 
 if __name__ == "__main__":

@@ -2,19 +2,18 @@
 
     python runs/sweep.py                                        # every data set; about three hours on two cores
     python runs/sweep.py --datasets omar_simple_tag-expert      # one of them
-    python runs/sweep.py --datasets omar_halfcheetah_2x3-expert --repeat 3      # and the best three of each kind with two more seeds
+    python runs/sweep.py --datasets omar_halfcheetah_2x3-expert --repeat 3      # the best three with two more seeds
     python runs/sweep.py --show > runs/results/dom2_sweep.md    # only the table of all complete searches
 
-Each row of runs/results/dom2_sweep.csv is one run: what was set, and the return of its last policy on 400 episodes (20 of HalfCheetah).
-Rows that are there are not run again, whatever the revision they were made at: what is not a column is the preset's of that revision. Rows
-of other lengths or first guesses, from earlier searches, stay in the file and out of the table. The runs' seed is 101,
-so that neither their batches nor the start states of their evaluations are those of the results shown in README.md (seeds 1 to 3). All
-trials on a data set take about the same time, and diffusion policies and the deterministic baseline get equally many: where eta is changed
-for the one, which the other does not know, the other's learning rate of the policies is. One seed each: differences of less than about ten
-in the return of spread are noise, and the best of several is a little lucky. On HalfCheetah, where seeds differ by hundreds, that is too
-few: on its medium-replay and expert data the best three of each kind were run with seeds 102 and 103 too (--repeat 3), and the mean of all
-three seeds decides; the first, by which they were chosen, lifts it a little. On its random data diffusion policies got 18 trials and the
-baseline nine: the search around eta 8 was bad, of eight trials outside it eta 128 was the best, and the first guess went there.
+Each row of runs/results/dom2_sweep.csv is one run: what was set, and the return of its last policy on 400 episodes
+(20 of HalfCheetah). Rows that are there are not run again, whatever the revision they were made at: what is not a
+column is the preset's of that revision. Rows of other lengths or first guesses, from earlier searches, stay in the
+file and out of the table. The runs' seed is 101, so that neither their batches nor the start states of their
+evaluations are those of the results shown in README.md (seeds 1 to 3). All trials on a data set take about the same
+time, and diffusion policies and the deterministic baseline get equally many: where eta is changed for the one, which
+the other does not know, the other's learning rate of the policies is. One seed each: differences of less than about
+ten in the return of spread are noise, and the best of several is a little lucky. On HalfCheetah,
+where seeds differ by hundreds, that is too few: --repeat runs the best again, and the mean of all seeds decides.
 """
 
 import concurrent.futures
@@ -33,45 +32,45 @@ import tyro
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import assignments
-import dom2
 import offline
-from common.datasets import SCORES, SPLITS
+from common.datasets import SCORES, SPLITS, open_dataset
 
 RESULT = ROOT / "runs" / "results" / "dom2_sweep.csv"
 FLAGS = (
-    "policy", "network", "gamma", "q_weight", "cql_weight", "cql_own", "thresholds", "top_quantile", "critic_hidden", "policy_lr", "q_lr",
-    "total_updates", "seed",
+    "policy", "network", "gamma", "q_weight", "cql_weight", "cql_own", "thresholds", "top_quantile", "critic_hidden",
+    "policy_lr", "q_lr", "total_updates", "seed",
 )  # fmt: skip
 SAID = {  # in the table: what was changed
-    "q_weight": "η", "cql_weight": "ζ", "policy_lr": "policy rate", "gamma": "γ", "thresholds": "thresholds", "cql_own": "own action",
-    "critic_hidden": "critics",
+    "q_weight": "η", "cql_weight": "ζ", "policy_lr": "policy rate", "gamma": "γ", "thresholds": "thresholds",
+    "cql_own": "own action", "critic_hidden": "critics",
 }  # fmt: skip
-COLUMNS = ("dataset", *FLAGS, "return_mean", "return_std", "episodes", "seconds", "git_revision")
 
 
 @dataclass(frozen=True)
 class Options:
     """Which part of the search to run."""
 
-    datasets: tuple[str, ...] = tuple(f"{env_id}-{split}" for env_id in SCORES for split in SPLITS) + (assignments.NAME,)
-    """data sets to search"""
-    jobs: int = 2
-    """runs side by side"""
-    network: str = "unet"
-    """of the diffusion policies"""
-    repeat: int = 0
-    """how many of the best trials of each kind, by the first seed, to run with two more seeds"""
-    show: bool = False
-    """run nothing, show the table of complete searches"""
+    # data sets to search
+    datasets: tuple[str, ...] = tuple(f"{env_id}-{split}" for env_id in SCORES for split in SPLITS) + (
+        assignments.NAME,
+    )
+    jobs: int = 2  # runs side by side
+    network: str = "unet"  # of the diffusion policies
+    repeat: int = 0  # how many of the best trials of each kind, by the first seed, to run with two more seeds
+    show: bool = False  # run nothing, show the table of complete searches
 
 
 # First guesses, from trials: eta and zeta by split ...
 TAG_WORLD = dict(zip(SPLITS, ((4.0, 1.0), (0.4, 16.0), (0.4, 16.0), (0.2, 16.0), (0.05, 16.0), (0.05, 16.0))))
 GUESS = {
-    "omar_simple_spread": dict(zip(SPLITS, ((120.0, 0.5), (10.0, 1.0), (10.0, 1.0), (8.0, 1.0), (2.0, 2.0), (1.0, 2.0)))),
+    "omar_simple_spread": dict(
+        zip(SPLITS, ((120.0, 0.5), (10.0, 1.0), (10.0, 1.0), (8.0, 1.0), (2.0, 2.0), (1.0, 2.0)))
+    ),
     "omar_simple_tag": TAG_WORLD,
     "omar_simple_world": TAG_WORLD,
-    "omar_halfcheetah_2x3": dict(zip(SPLITS, ((128.0, 8.0), (4.0, 8.0), (4.0, 8.0), (1.0, 8.0), (1.0, 8.0), (0.5, 8.0)))),
+    "omar_halfcheetah_2x3": dict(
+        zip(SPLITS, ((128.0, 8.0), (4.0, 8.0), (4.0, 8.0), (1.0, 8.0), (1.0, 8.0), (0.5, 8.0)))
+    ),
 }
 # ... and the rest by task.
 PARTICLES = dict(gamma=0.9, policy_lr=1e-3, q_lr=3e-3, cql_own=False, total_updates=2_000)
@@ -116,12 +115,8 @@ def trials(dataset: str, network: str) -> list[dict]:
 
 
 def key(dataset: str, trial: dict) -> tuple[str, ...]:
+    """The same for a trial and for the row that it made."""
     return dataset, *(str(trial[name]) for name in FLAGS)
-
-
-def row_key(row: dict) -> tuple[str, ...]:
-    """What `key` says of the trial that made the row."""
-    return tuple(row[name] for name in ("dataset", *FLAGS))
 
 
 def rows() -> list[dict]:
@@ -133,7 +128,7 @@ def make(dataset: str) -> None:
     if dataset == assignments.NAME:
         assignments.make_data()
     else:
-        dom2.open_data(dom2.preset(dataset))
+        open_dataset(dataset)
 
 
 def run(dataset: str, trial: dict) -> dict | str:
@@ -143,22 +138,26 @@ def run(dataset: str, trial: dict) -> dict | str:
     if not trial["thresholds"]:
         flags += ["--no-reweight"]
     with tempfile.TemporaryDirectory() as folder:
+        flags += [
+            "--eval-every",
+            str(trial["total_updates"]),
+            "--eval-episodes",
+            "20" if "cheetah" in dataset else "400",
+        ]
         command = [sys.executable, str(ROOT / "dom2.py"), *flags, "--device", "cpu", "--run-dir", folder]
-        command += ["--eval-every", str(trial["total_updates"]), "--eval-episodes", "20" if "cheetah" in dataset else "400"]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             return f"{' '.join(command)}\n{done.stderr}"
         last = list(csv.DictReader(next(Path(folder).glob("*/eval.csv")).open()))[-1]
         revision = json.loads(next(Path(folder).glob("*/config.json")).read_text())["git_revision"]
     found = dict(return_mean=round(float(last["return_mean"]), 2), return_std=round(float(last["return_std"]), 2))
-    return (
-        dict(dataset=dataset) | trial | found | dict(episodes=last["episodes"], seconds=last["wall_time_s"], git_revision=revision)
-    )
+    found |= dict(episodes=last["episodes"], seconds=last["wall_time_s"], git_revision=revision)
+    return dict(dataset=dataset) | trial | found
 
 
 def star(dataset: str, policy: str, network: str) -> list[dict]:
     """The rows of a complete search, the first guess first; of another, none."""
-    found = {row_key(row): row for row in rows()}
+    found = {key(row["dataset"], row): row for row in rows()}
     keys = [key(dataset, trial) for trial in trials(dataset, network) if trial["policy"] == policy]
     return [found[k] for k in keys] if set(keys) <= set(found) else []
 
@@ -175,18 +174,17 @@ def again(dataset: str, network: str, count: int) -> list[dict]:
     result = []
     for policy in ("diffusion", "deterministic"):
         found = sorted(star(dataset, policy, network), key=lambda row: -float(row["return_mean"]))
-        best = {row_key(row) for row in found[: max(count, 0)]}
-        result += [trial | dict(seed=s) for trial in trials(dataset, network) if key(dataset, trial) in best for s in SEEDS[1:]]
+        best = {key(dataset, row) for row in found[: max(count, 0)]}
+        chosen = [trial for trial in trials(dataset, network) if key(dataset, trial) in best]
+        result += [trial | dict(seed=seed) for trial in chosen for seed in SEEDS[1:]]
     return result
 
 
 def show(datasets: tuple[str, ...], network: str) -> None:
-    """Every complete search as a line of a table: the return of the first guess, and what one change of it gave; in bold the best.
-
-    Trials with several seeds: their mean ± standard deviation (seeds); where there are any, the best is one of them.
-    """
+    """Every complete search as a line: the return of the first guess, and what one change of it gave; in bold the best.
+    Trials with several seeds: their mean ± standard deviation (seeds); where there are any, the best is one of them."""
     given = "return ± standard error over episodes, or mean ± standard deviation (seeds)"
-    print(f"| data set | policies | first guess | {given} | one change, and the return then |\n|" + "---|" * 5)
+    offline.head("data set", "policies", "first guess", given, "one change, and the return then")
     for dataset in datasets:
         for policy in ("diffusion", "deterministic"):
             if found := star(dataset, policy, network):
@@ -199,12 +197,12 @@ def show(datasets: tuple[str, ...], network: str) -> None:
                 for row in found[1:]:
                     name = next(name for name in FLAGS if name != "total_updates" and row[name] != found[0][name])
                     changes.append(f"{SAID[name]} {short(row[name])}: {told(row)}")
-                print(f"| {dataset} | {policy} | {guess} | {first} | {'; '.join(changes)} |")
+                offline.line(dataset, policy, guess, first, "; ".join(changes))
 
 
 def best_of(found: list[dict]) -> dict:
-    """The best trial of a complete search: by the mean over seeds, of those that were run with all; by the first seed, if there are not
-    at least two of them."""
+    """The best trial of a complete search: by the mean over seeds, of those that were run with all; if there are not at
+    least two of them, by the first seed."""
     repeated = [row for row in found if len(returns(row)) == len(SEEDS)]
     if len(repeated) > 1:
         return max(repeated, key=lambda row: np.mean(returns(row)))
@@ -224,7 +222,7 @@ def short(value: str) -> str:
 
 def run_all(todo: list[tuple[str, dict]], jobs: int) -> None:
     """Runs what has no row yet; each row is in the file as soon as its run is done."""
-    known = {row_key(row) for row in rows()}
+    known = {key(row["dataset"], row) for row in rows()}
     todo = list({key(*item): item for item in todo if key(*item) not in known}.values())
     for dataset in dict.fromkeys(dataset for dataset, _ in todo):
         make(dataset)  # here, lest two runs make it at once
@@ -234,12 +232,7 @@ def run_all(todo: list[tuple[str, dict]], jobs: int) -> None:
             if isinstance(row := future.result(), str):
                 print(row, file=sys.stderr, flush=True)  # the others go on
                 continue
-            fresh = not RESULT.exists()
-            with RESULT.open("a", newline="") as file:
-                writer = csv.DictWriter(file, COLUMNS)
-                if fresh:
-                    writer.writeheader()
-                writer.writerow(row)
+            offline.write_rows(RESULT, [*rows(), row])
             print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
 
 

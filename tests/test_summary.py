@@ -22,7 +22,9 @@ def test_there_is_a_table_for_each_task_of_the_committed_runs(tmp_path, capsys):
     folders = {path.parent.parent for path in RESULTS.rglob("*__omad__*/eval.csv")}
     tasks = {path.name.partition("__omad__")[0] for folder in folders for path in folder.glob("*__omad__*")}
     assert set(re.findall(r"^m\S+$", out, re.MULTILINE)) == tasks and len(tasks) > 3
-    rows = {line.split(" | ")[0].removeprefix("| "): line.split(" | ") for line in out.splitlines() if line.startswith("| ")}
+    rows = {
+        line.split(" | ")[0].removeprefix("| "): line.split(" | ") for line in out.splitlines() if line.startswith("| ")
+    }
     assert set(rows) == {folder.name for folder in folders} | {"variant"}
     last = [list(csv.DictReader(path.open()))[-1] for path in sorted((RESULTS / "omad").glob("*/eval.csv"))]
     values = [float(row["return_mean"]) for row in last]
