@@ -454,6 +454,7 @@ BAD_INPUT = {
         (["--seed"], ["--seed"]),
         (["--device", "tpu"], ["--device", "tpu"]),
         (["--gamma", "1.5"], ["--gamma"]),
+        (["--gamma", "-0.1"], ["--gamma"]),
         (["--gamma", "nan"], ["--gamma"]),
         (["--batch-size", "0"], ["batch-size"]),
         (["--batch-siz", "8"], ["--batch-siz", "--batch-size"]),
