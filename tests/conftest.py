@@ -217,6 +217,12 @@ def start(tmp_path, context):
 # --- what a run leaves ---
 
 
+def the_run(folder: Path) -> Path:
+    """The only run of dom2.py in `folder`/runs."""
+    (run,) = (folder / "runs").glob("*__dom2__*")
+    return run
+
+
 def rows(run: Path) -> list[dict[str, str]]:
     """eval.csv but for the time."""
     table = csv.DictReader((run / "eval.csv").open())

@@ -50,7 +50,7 @@ def policies(tmp_path_factory):
         args = dataclasses.replace(omad.preset("omar_simple_spread"), seed=7, **TINY)
         torch.manual_seed(seed)
         env = make_env(args.env_id)
-        policy = omad.make_policy(env.obs_sizes, env.action_sizes, args)
+        policy = omad.POLICIES[args.policy](env.obs_sizes, env.action_sizes, args)
         torch.save(policy.state_dict(), folder / f"{args.env_id}-{level}.pt")
         about = {
             "format": behaviour.FORMAT, "task": args.env_id, "level": level, "command": "python omad.py", "seed": 7, "steps": 800,

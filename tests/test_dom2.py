@@ -20,7 +20,7 @@ import dom2
 import omad
 from common.datasets import FOLDERS, SPLITS, load_dataset, normalize
 from common.envs import make_env
-from conftest import ROOT, caller
+from conftest import ROOT, caller, the_run
 
 CPU = torch.device("cpu")
 
@@ -684,11 +684,6 @@ def cli(tmp_path, capsys, data, monkeypatch):
 
 def curve(run):
     return list(csv.DictReader((run / "eval.csv").open()))
-
-
-def the_run(tmp_path):
-    (run,) = (tmp_path / "runs").glob("*__dom2__*")
-    return run
 
 
 def test_a_run_starts_in_the_units_of_its_data_and_scores(cli, tmp_path):
