@@ -58,9 +58,9 @@ def test_two_coordinated_modes(cli, tmp_path, monkeypatch, policy, seed):
     monkeypatch.setattr(omad.Replay, "add", lambda self, **new: added.append(new) or add(self, **new))
     flags = (
         f"--env-id mpe_two_modes --seed {seed} --policy {policy} --total-timesteps 8000 --num-envs 16 "
-        "--eval-every 4000 --eval-episodes 200 --learning-starts 400 --batch-size 64 --updates-per-step 0.125 --policy-frequency 2 "
-        "--policy-lr 2e-3 --q-lr 2e-3 --policy-hidden 16 --critic-hidden 32 --n-atoms 41 --v-min -10 --v-max 3 "
-        "--gamma 0.99 --bn-warmup 100 --alpha 0.01 --alpha-lr 3e-3 --device cpu"
+        "--eval-every 4000 --eval-episodes 200 --batch-size 64 --updates-per-step 0.125 --policy-frequency 2 "
+        "--learning-starts 400 --policy-lr 2e-3 --q-lr 2e-3 --policy-hidden 16 --critic-hidden 32 --n-atoms 41 "
+        "--v-min -10 --v-max 3 --gamma 0.99 --bn-warmup 100 --alpha 0.01 --alpha-lr 3e-3 --device cpu"
     )
     code, out, err = cli(*flags.split())
     assert code == 0, err
