@@ -164,8 +164,8 @@ def tear(_, path: Path) -> None:
 def child(name: str, argv: list[str], moment: str, action: Callable, folder: Path) -> None:
     """A program in a process of its own and in `folder`, until something happens to it at a moment:
 
-    "update 10" or "evaluate 1": before that call of it; "write policy.pt 2": before this file's second version takes its
-    place; "save checkpoint.pt 2": when half of it is written; "limit 1000": from the start, files of 1000 bytes at most
+    "update 10" or "evaluate 1": before that call of it; "write policy.pt 2": before its second version takes its place;
+    "save checkpoint.pt 2": when half of that is written; "limit 1000": from the start, files of 1000 bytes at most.
     """
     os.chdir(folder)
     program, agent = {"omad": (omad, omad.OMAD), "dom2": (dom2, dom2.DOM2)}[name]

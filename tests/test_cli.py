@@ -584,7 +584,7 @@ def test_numbers_that_are_not_finite_stop_a_run_and_the_last_good_checkpoint_sta
 def test_a_run_that_diverges_by_itself(cli, tmp_path):
     """From learning rates that are far too high."""
     flags = "--total-timesteps 400 --num-envs 4 --eval-every 100 --eval-episodes 1 --learning-starts 100 --batch-size 8"
-    sizes = "--updates-per-step 0.25 --policy-hidden 16 --critic-hidden 16 --device cpu --q-lr 1e12"
+    sizes = "--updates-per-step 0.25 --policy-hidden 16 --critic-hidden 16 --device cpu --q-lr 1e9 --policy-lr 1e9"
     code, _, err = cli(*flags.split(), *sizes.split())
     assert code == 3 and err.startswith("omad.py: failed: ") and len(err.splitlines()) == 1, err
     (run,) = tmp_path.glob("*__omad__*")

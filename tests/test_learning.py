@@ -13,7 +13,7 @@ MODE = 0.8
 
 
 class TwoModes(ParallelEnv):
-    """Two agents, one step. Both at +0.8 or both at -0.8 earn 1; the average of the two earns 0.36; one at each earns -0.28."""
+    """Two agents, one step. Both at +0.8 or both at -0.8 earn 1; the average of the two 0.36; one at each -0.28."""
 
     metadata = {"name": "two_modes"}
     possible_agents = ["left", "right"]
@@ -57,10 +57,10 @@ def test_two_coordinated_modes(cli, tmp_path, monkeypatch, policy, seed):
     added, add = [], omad.Replay.add
     monkeypatch.setattr(omad.Replay, "add", lambda self, **new: added.append(new) or add(self, **new))
     flags = (
-        f"--env-id mpe_two_modes --seed {seed} --policy {policy} --total-timesteps 8000 --num-envs 16 --eval-every 4000 "
-        "--eval-episodes 200 --learning-starts 400 --batch-size 64 --updates-per-step 0.125 --policy-frequency 2 "
-        "--policy-lr 2e-3 --q-lr 2e-3 --policy-hidden 16 --critic-hidden 32 --n-atoms 41 --v-min -10 --v-max 3 "
-        "--gamma 0.99 --bn-warmup 100 --alpha 0.01 --alpha-lr 3e-3 --device cpu"
+        f"--env-id mpe_two_modes --seed {seed} --policy {policy} --total-timesteps 8000 --num-envs 16 "
+        "--eval-every 4000 --eval-episodes 200 --batch-size 64 --updates-per-step 0.125 --policy-frequency 2 "
+        "--learning-starts 400 --policy-lr 2e-3 --q-lr 2e-3 --policy-hidden 16 --critic-hidden 32 --n-atoms 41 "
+        "--v-min -10 --v-max 3 --gamma 0.99 --bn-warmup 100 --alpha 0.01 --alpha-lr 3e-3 --device cpu"
     )
     code, out, err = cli(*flags.split())
     assert code == 0, err
