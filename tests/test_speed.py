@@ -1,0 +1,38 @@
+"""What an update dispatches: counts are exact on any machine, and the time of small networks on a GPU is about their number."""
+
+import dataclasses
+import sys
+
+import pytest
+import torch
+
+from common.envs import make_env
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "runs"))
+import dom2
+import omad
+import speed
+
+# What is counted -> at most so many operations: those of today, and room for a torch that splits one differently.
+MOST = {
+    ("omad", "diffusion", "full update"): 780,
+    ("omad", "diffusion", "critic update"): 330,
+    ("omad", "diffusion", "act in 1"): 118,
+    ("dom2", "unet", "update"): 1280,
+    ("dom2", "mlp", "update"): 645,
+    ("dom2", "deterministic", "update"): 205,
+    ("dom2", "unet", "act in 1"): 230,
+}
+
+
+@pytest.mark.parametrize("program, network, what", MOST)
+def test_no_operation_is_for_nothing(program, network, what):
+    if program == "omad":
+        args, steps, env_id = omad.preset("mpe_simple_spread"), speed.omad_steps, "mpe_simple_spread"
+    else:
+        args = dataclasses.replace(dom2.preset("omar_simple_spread-medium"), **speed.OFFLINE[network])
+        steps, env_id = speed.dom2_steps, "omar_simple_spread"
+    found = speed.count_operations(steps(make_env(env_id), args, torch.device("cpu"))[what].run)
+    assert 0.9 * MOST[program, network, what] < found <= MOST[program, network, what]
+    assert speed.count_operations(lambda: torch.ones(3).view(3, 1)[0] + 1) == 2  # views cost nothing
