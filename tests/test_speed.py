@@ -21,7 +21,7 @@ MOST = {
     ("omad", "diffusion", "act in 1"): 118,
     ("dom2", "unet", "update"): 1280,
     ("dom2", "mlp", "update"): 645,
-    ("dom2", "deterministic", "update"): 205,
+    ("dom2", "deterministic", "update"): 215,
     ("dom2", "unet", "act in 1"): 230,
 }
 
