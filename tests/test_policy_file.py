@@ -1,5 +1,7 @@
 """policy.pt of both programs: what somebody does with a policy who did not train it."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from torch.export import Dim, export
 import dom2
 import omad
 from common.envs import make_env, make_vec
-from conftest import equal, load, rows
+from conftest import ROOT, equal, load, rows
 
 # The policies' kinds, with the dimension of the batch in what acting takes: observations and noise.
 KINDS = {
@@ -80,3 +82,19 @@ def test_acting_can_be_exported_for_any_number_of_observations(kind):
         torch.testing.assert_close(got, want)
         action = want[0] if isinstance(want, tuple) else want
         assert action.shape == ((batch, 3, 3) if in_obs == 0 else (3, batch, 3)) and action.std() > 0.1
+
+
+@pytest.mark.parametrize(
+    "module, name, episodes, level",
+    [
+        (omad, "mpe_simple_spread", 100, -10.0),  # random policies: -27
+        (omad, "mamujoco_halfcheetah_2x3", 1, 4000.0),  # -490
+        (dom2, "omar_simple_spread-medium", 100, 420.0),  # 156
+    ],
+)
+def test_the_policies_in_this_repository_do_what_they_were_trained_for(module, name, episodes, level, capsys):
+    """With the packages of requirements.txt, on start states that they have not seen."""
+    file = ROOT / "runs/policies" / f"{name}.pt"
+    assert file.stat().st_size < 1_000_000 and load(file)["args"]["run_dir"] == "runs"
+    assert module.main(["--evaluate", str(file), "--seed", "77", "--eval-episodes", str(episodes)]) == 0
+    assert float(re.search(r"return (\S+) ±", capsys.readouterr().out)[1]) > level
