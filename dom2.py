@@ -5,15 +5,15 @@
     python dom2.py --resume runs/<run>            # goes on after a crash; on the CPU as if it had not happened
 
 Method: "Improving Generalization and Data Efficiency with Diffusion in Offline Multi-agent RL", arXiv 2307.01472
-[DOM2], whose code is not public. What is not its is marked [deviation En]; README.md says why, and how sure we are.
+[DOM2], whose code is not public. What is not its, sizes and rates aside, is marked [deviation En].
 Every agent learns alone from its own observations, actions and rewards, and acts alone. Its policy turns Gaussian noise
 into an action by a few steps of a fast ODE solver. It learns to imitate the data (a diffusion loss) and, at the same
 time, to raise its own critic, by the gradient through all solver steps. The twin critics are pessimistic about actions
 outside the data (CQL). Trajectories with a high return are sampled more often.
 
 Shape letters: B batch, N agents, O observation, A action, K solver steps, Q critics of an agent, M actions in the CQL
-term, H hidden, T transitions, E environments. Agents are a tensor dimension, and nothing mixes them. O and A are the
-sizes of the largest agent; smaller ones are padded with zeros, and masks keep the padding out of every sum.
+term, H hidden, T transitions, E environments. Agents are the first dimension, and nothing mixes them. O and A are the
+sizes of the largest agent; smaller ones are padded with zeros. Greek letters are the paper's, not those of omad.py.
 """
 
 import copy
@@ -73,16 +73,16 @@ class Args:
     q_lr: float = 3e-3  # learning rate of the critics
     lr_decay: bool = True  # let both rates fall to zero along half a cosine, so that a run ends quietly
     grad_clip: float = 10.0  # bound on the norm of each agent's gradient
-    policy: Literal["diffusion", "deterministic"] = "diffusion"  # the method; or the baseline MA-CQL, critics all equal
+    policy: Literal["diffusion", "deterministic"] = "diffusion"  # the method; or the baseline MA-CQL, same critics
     network: Literal["unet", "mlp"] = "unet"  # noise prediction: a residual U-Net with skips, or three layers
     policy_hidden: int = 32  # H, width of each agent's network; layers that see the observation have 128 or more
     solver_steps: int = 5  # K, steps from noise to action
     q_weight: float = 1.0  # eta, weight of the critic's gradient against imitation; 0: imitation only, no critics
-    q_scale: Literal["spread", "mean"] = "spread"  # eta's unit: how Q varies over actions, or mean |Q| as in the paper
+    q_scale: Literal["spread", "mean"] = "spread"  # eta's unit: how Q varies over actions, or the paper's mean |Q|
     critic_hidden: int = 64  # width of each critic
     cql_weight: float = 1.0  # zeta, weight of the pessimism about actions outside the data
     cql_actions: int = 10  # M, uniform actions per state in the CQL term
-    cql_own: bool = False  # the policies' own actions beside them, which most critics of robots and chases need
+    cql_own: bool = False  # the policies' own actions too, which most critics of robots and chases need
     q_rows: float = 0.5  # share of the batch on which policies are asked for actions for the critic's gradient
     cql_rows: float = 0.25  # share of the batch in the CQL term
     reweight: bool = True  # sample good trajectories more often
@@ -90,7 +90,7 @@ class Args:
     top_quantile: float = 0.98  # quantile of the returns at the highest threshold; the lowest is their mean
 
 
-# Presets by task and by split, from the search in runs/sweep.py.
+# Presets by task, for data from elsewhere; data sets with a name have more below. From the search in runs/sweep.py.
 ROBOT = dict(
     gamma=0.99, tau=0.005, q_lr=1e-3, total_updates=3_000, eval_episodes=10, cql_own=True, cql_weight=8.0,
     policy_hidden=64, critic_hidden=64,
@@ -98,7 +98,7 @@ ROBOT = dict(
 CHASE = dict(gamma=0.95, policy_lr=1e-2, cql_weight=16.0, cql_own=True)
 SPREAD, TAG, WORLD, CHEETAH = "omar_simple_spread", "omar_simple_tag", "omar_simple_world", "omar_halfcheetah_2x3"
 TASKS = {SPREAD: dict(gamma=0.9), TAG: CHASE, WORLD: CHASE, CHEETAH: ROBOT}
-# The same for random, random-medium, medium-replay, medium, medium-expert and expert data: eta, zeta, and what differs.
+# For random, random-medium, medium-replay, medium, medium-expert and expert data: eta, then zeta, then what differs.
 Q_WEIGHTS = {
     SPREAD: (480.0, 10.0, 10.0, 8.0, 2.0, 1.0), TAG: (4.0, 0.4, 0.4, 0.2, 0.0125, 0.0125),
     WORLD: (4.0, 0.4, 0.4, 0.8, 0.0125, 0.0125), CHEETAH: (128.0, 4.0, 4.0, 1.0, 1.0, 2.0),
@@ -140,6 +140,19 @@ class ParallelLinear(nn.Module):
         return torch.baddbmm(self.bias, x, self.weight)
 
 
+class Block(nn.Module):
+    """x + f(x): two layers, the condition added between them. If the width changes, a linear map of x stands for x."""
+
+    def __init__(self, n: int, n_in: int, n_out: int):
+        super().__init__()
+        self.changes = n_in != n_out  # then the first layer computes that map too
+        self.layer1, self.layer2 = ParallelLinear(n, n_in, n_out * (1 + self.changes)), ParallelLinear(n, n_out, n_out)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        h, skip = self.layer1(x).chunk(2, -1) if self.changes else (self.layer1(x), x)
+        return skip + self.layer2(F.silu(h + condition))
+
+
 class UNet(nn.Module):
     """Residual U-Net on vectors: x [N, B, A] -> [N, B, A], told a condition [N, B, sum of `widths`] [DOM2 network]."""
 
@@ -158,19 +171,6 @@ class UNet(nn.Module):
         down3 = self.down3(down2, parts[2])
         up1 = self.up1(torch.cat([self.middle(down3, parts[3]), down3], -1), parts[4])
         return self.out(self.up2(torch.cat([up1, down2], -1), parts[5]) + down1)
-
-
-class Block(nn.Module):
-    """x + f(x): two layers, the condition added between them. If the width changes, a linear map of x stands for x."""
-
-    def __init__(self, n: int, n_in: int, n_out: int):
-        super().__init__()
-        self.changes = n_in != n_out  # then the first layer computes that map too
-        self.layer1, self.layer2 = ParallelLinear(n, n_in, n_out * (1 + self.changes)), ParallelLinear(n, n_out, n_out)
-
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        h, skip = self.layer1(x).chunk(2, -1) if self.changes else (self.layer1(x), x)
-        return skip + self.layer2(F.silu(h + condition))
 
 
 class MLP(nn.Module):
@@ -196,7 +196,7 @@ class DiffusionPolicy(nn.Module):
     def __init__(self, obs_sizes: list[int], action_sizes: list[int], args: Args, steps: int = 0):
         super().__init__()
         n, o, a, hidden = len(obs_sizes), max(obs_sizes), max(action_sizes), args.policy_hidden
-        wide, joined = max(128, hidden), max(64, hidden // 4)  # of layers for observations; of where time joins them
+        wide, joined = max(128, hidden), max(64, hidden // 4)  # of the observation's layers; of where time joins them
         real = torch.arange(a) < torch.tensor(action_sizes)[:, None]  # [N, A]
         self.register_buffer("action_mask", real.float()[:, None], persistent=False)  # [N, 1, A]
         self.register_buffer("obs_mean", torch.zeros(n, o))  # observations are counted in these units: see `Data`
@@ -239,14 +239,14 @@ class DiffusionPolicy(nn.Module):
         x, conditions = noise * self.action_mask, self.condition(obs, self.times[:-1, None]).unbind(1)
         for k, (condition, alpha, sigma) in enumerate(zip(conditions, self.alpha, self.sigma)):
             v = self.network(x, condition) * self.action_mask
-            action = F.hardtanh(torch.sub(alpha * x, v, alpha=sigma))
+            action = F.hardtanh(alpha * x - sigma * v)
             ratio = self.sigma[k + 1] / sigma  # eps is (x - alpha a) / sigma
-            x = torch.add(ratio * x, action, alpha=self.alpha[k + 1] - ratio * alpha)
+            x = ratio * x + (self.alpha[k + 1] - ratio * alpha) * action
         return F.hardtanh(x)
 
 
 class DeterministicPolicy(nn.Module):
-    """The baseline, MA-CQL: N independent policies a_j = tanh(f_j(o_j)) behind the interface of `DiffusionPolicy`."""
+    """The baseline, MA-CQL (without TD3's noise and delay): a_j = tanh(f_j(o_j)), used as `DiffusionPolicy` is."""
 
     def __init__(self, obs_sizes: list[int], action_sizes: list[int], args: Args, steps: int = 0):
         super().__init__()
@@ -263,8 +263,7 @@ class DeterministicPolicy(nn.Module):
 
     def forward(self, obs: Tensor, noise: Tensor) -> Tensor:
         """obs [N, B, O] -> action [N, B, A]."""
-        h = F.relu(self.layer2(F.relu(self.layer1(obs))))
-        return torch.tanh(self.out(h)) * self.action_mask
+        return torch.tanh(self.out(F.relu(self.layer2(F.relu(self.layer1(obs)))))) * self.action_mask
 
 
 # 3. Critic ============================================================================================================
@@ -286,9 +285,9 @@ class Critic(nn.Module):
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
         twice = lambda x: x[:, None].expand(-1, 2, -1, -1).flatten(0, 1)  # an agent's two critics stand side by side
-        seen = self.in_obs(twice(obs))[:, None]  # [N * Q, 1, B, H]
-        done = self.in_action(twice(action)).unflatten(1, (-1, obs.shape[1]))  # [N * Q, M, B, H]
-        h = F.relu(seen + done).flatten(1, 2)
+        from_obs = self.in_obs(twice(obs))[:, None]  # [N * Q, 1, B, H]
+        from_action = self.in_action(twice(action)).unflatten(1, (-1, obs.shape[1]))  # [N * Q, M, B, H]
+        h = F.relu(from_obs + from_action).flatten(1, 2)
         value = self.out(F.relu(self.hidden1(h))).view(len(obs), 2, -1)  # [N, Q, M * B]
         return self.shift + self.scale * value.transpose(0, 1)
 
@@ -317,11 +316,11 @@ class DOM2(nn.Module):
     def critic_loss(self, batch: dict, uniform: Tensor, noise: Tensor) -> tuple[Tensor, dict, Tensor]:
         """Bellman error, and pessimism about actions outside the data, summed over agents [DOM2 critic]:
 
-            L = sum_q E[(Q_q(o, a) - y)^2] + zeta E[logsumexp_M Q_q(o, a~) - Q_q(o, a)]
+            L = sum_q {E[(Q_q(o, a) - y)^2] + zeta E[logsumexp_M Q_q(o, a~) - Q_q(o, a)]}
             y = r + gamma (1 - terminated) min_q Q'_q(o', b'),   b' and Q' averaged; a truncated step is not terminated
 
         a~ are M uniform actions [M, N, rows, A] on the first `rows` of the batch [deviation E3], with `cql_own` one of
-        the averaged policy too. Also returns how much Q varies over them [N]."""
+        the averaged policy too. Also returns how much the first Q varies over the uniform ones [N]."""
         (m, n, rows, a), args = uniform.shape, self.args
         others = uniform.transpose(0, 1).reshape(n, m * rows, a)
         with torch.no_grad():
@@ -353,14 +352,14 @@ class DOM2(nn.Module):
     def value_loss(self, batch: dict, noise: Tensor, spread: Tensor) -> tuple[Tensor, dict]:
         """L = -eta E[min_q Q_q(o, b)] / scale, b from the policy by all solver steps, summed over agents [DOM2 value].
 
-        scale is E|Q(o, a)| in the paper; by default how much Q varies over actions [deviation E4], because where
-        returns are large and actions matter little every eta were too small."""
+        On part of the batch [deviation E3]. scale is E|Q(o, a)| in the paper; by default how much Q varies over actions
+        [deviation E4], because where returns are large and actions matter little every eta were too small."""
         obs = batch["obs"][:, : self.q_rows]
         action = self.policy(obs, noise)
         value, scale = self.critic(obs, action).amin(0), spread  # [N, rows], [N]
         if self.args.q_scale == "mean":
             scale = self.critic(obs, batch["action"][:, : self.q_rows]).amin(0).abs().mean(-1).detach()
-        eta = 1.0 if self.args.policy == "deterministic" else self.args.q_weight  # there it would only change grad_clip
+        eta = 1.0 if self.args.policy == "deterministic" else self.args.q_weight  # eta would only change grad_clip
         loss = -(eta * value.mean(-1) / scale.clamp(min=1e-6)).sum()
         logs = {"losses/value": loss.detach(), "diag/policy_value": value.detach().mean()}
         return loss, logs | {"diag/action_saturation": (action.detach().abs() > 0.99).float().mean()}
@@ -395,14 +394,15 @@ class DOM2(nn.Module):
         adam.zero_grad()
         loss.backward(inputs=parameters)
         grads = [p.grad.view(n, -1) for p in parameters]  # [N, ...]: an agent's two critics stand side by side
-        scale = (self.args.grad_clip / (torch.cat(grads, 1).norm(dim=1, keepdim=True) + 1e-6)).clamp(max=1.0)  # [N, 1]
-        torch._foreach_mul_(grads, [scale] * len(grads))
+        norm = torch.cat(grads, 1).norm(dim=1, keepdim=True)  # [N, 1]
+        shrink = (self.args.grad_clip / (norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(grads, [shrink] * len(grads))
         adam.step()
 
 
 def graphed(function: Callable, enabled: bool) -> Callable:
-    """A function of tensors that neither waits nor draws; if `enabled`, captured as a CUDA graph, one a set of shapes.
-    Three plain calls come first. The next call overwrites a result."""
+    """Captures a function of tensors, if `enabled`, as a CUDA graph for each set of shapes, after three plain calls.
+    It must neither wait for the device nor draw random numbers; the next call overwrites its result."""
     calls, graphs = {}, {}
 
     def call(*inputs: Tensor):
@@ -424,7 +424,7 @@ def graphed(function: Callable, enabled: bool) -> Callable:
 
 # 5. Data and training =================================================================================================
 def trajectory_weights(returns: np.ndarray, count: int, top: float) -> np.ndarray:
-    """1 + how many of `count` thresholds a trajectory's return reaches, for each agent [K, N] [DOM2 reweighting]."""
+    """1 + how many of `count` thresholds a trajectory's return reaches, [trajectories, N] [DOM2 reweighting]."""
     mean, high = returns.mean(0), np.quantile(returns, top, 0)
     return 1 + (returns >= np.linspace(mean, np.maximum(mean, high), count)[:, None]).sum(0)
 
@@ -432,8 +432,8 @@ def trajectory_weights(returns: np.ndarray, count: int, top: float) -> np.ndarra
 class Data:
     """A data set on the device: one row per transition and agent, of which a batch holds views by name.
 
-    Observations are counted from their mean; those that vary by more than 1, in units of their standard deviation
-    [deviation E8]. Each agent draws its own rows, row t with its trajectory's weight, `upto`[t] - `upto`[t - 1]."""
+    Observations are centred, and divided by their standard deviation where that is above 1 [deviation E8]. Each agent
+    draws its own rows, row t with its trajectory's weight, or 0 without next observation: `upto`[t] - `upto`[t - 1]."""
 
     def __init__(self, data: Dataset, env: TeamEnv, args: Args, device: torch.device):
         n, o, a = env.num_agents, env.obs_mask.shape[1], env.action_mask.shape[1]
@@ -447,7 +447,7 @@ class Data:
         for part in (self.table[..., :o], self.table[..., o : 2 * o]):
             part.sub_(self.obs_mean).div_(self.obs_std)
         returns = np.add.reduceat(np.asarray(data.rewards, np.float64), data.episodes[:, 0])  # [trajectories, N]
-        weights = trajectory_weights(returns, args.thresholds * args.reweight, args.top_quantile).T  # [N, trajectories]
+        weights = trajectory_weights(returns, args.thresholds if args.reweight else 0, args.top_quantile).T
         weights = np.repeat(weights, np.diff(data.episodes, axis=1)[:, 0], axis=1) * data.next_known  # [N, T]
         self.upto, self.agents = torch.from_numpy(weights.cumsum(1)).to(device), torch.arange(n, device=device)[:, None]
 
@@ -480,7 +480,7 @@ def pick_device(name: str) -> torch.device:
 
 def make_act(policy: nn.Module, args: Args = Args()) -> Callable[[np.ndarray], np.ndarray]:
     """Decentralised execution, sampled: a function of observations [E, N, O] to actions [E, N, A]."""
-    device, chain = policy.action_mask.device, policy.__call__
+    device, chain = policy.action_mask.device, lambda obs, noise: policy(obs, noise)
     chain = graphed(torch.compile(chain) if args.compile else chain, args.cuda_graph and device.type == "cuda")
 
     @torch.no_grad()
@@ -505,12 +505,12 @@ def train(args: Args) -> None:
     run = Path(args.resume or Path(args.run_dir, name))
     run.mkdir(parents=True, exist_ok=bool(args.resume))
     (lock := FileLock(run / ".lock")).acquire(timeout=0)  # keeps other processes out while it is there
-    begun = (run / "checkpoint.pt").exists() or (run / "eval.csv").exists()  # not if killed before it had saved
+    begun = (run / "checkpoint.pt").exists() or (run / "eval.csv").exists()  # else killed before it had saved
     saved = load(run / "checkpoint.pt") if begun else dict(step=0, seconds=0.0, evaluations=[], data=source.checksum)
     if saved["data"] != source.checksum:
         raise BadInput(f"{run}: trained on other data than --dataset {args.dataset} holds now")
     sizes = dict(env_id=env_id, obs_sizes=env.obs_sizes, action_sizes=env.action_sizes)
-    config = dict(format=FORMAT, args=vars(args) | {"resume": ""}) | sizes | versions()
+    config = dict(format=FORMAT, args=vars(args) | {"resume": "", "env_id": env_id}) | sizes | versions()
     write(run / "config.json", lambda path: path.write_text(json.dumps(config, indent=2)))
     # Build.
     device = pick_device(args.device)
@@ -522,12 +522,12 @@ def train(args: Args) -> None:
     learn, slow = graphed(learn, args.cuda_graph and device.type == "cuda"), agent.slow_policy
     act = make_act(slow, args)  # the averaged policies act
     # Start, or go on from the checkpoint.
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed)  # again: what follows does not depend on how much building drew
     step, seconds, evaluations = (saved[key] for key in ("step", "seconds", "evaluations"))
     if begun:
         agent.load_state_dict(saved["agent"])
-        for adam, state in zip(agent.adams, saved["adams"]):
-            adam.load_state_dict(adam.state_dict() | {"state": state})
+        for adam, moments in zip(agent.adams, saved["adams"]):
+            adam.load_state_dict(adam.state_dict() | {"state": moments})
         if len(saved["random"]) == len(random.get_rng_state()):  # not so if that was on another kind of device
             random.set_rng_state(saved["random"])
     print(f"task      {env_id}: {find_task(env_id).description}; on {device}\ndata      {source}")
@@ -580,8 +580,8 @@ def train(args: Args) -> None:
 
 # 6. Files and command line ============================================================================================
 FORMAT = "dom2-6"  # of policy.pt and checkpoint.pt; raise it when a change makes older files unreadable
-WITH_RESUME = set("resume dataset total_updates device torch_threads cuda_graph compile capture_video".split())
-WITH_EVALUATE = WITH_RESUME | set("evaluate seed eval_episodes solver_steps prey shift".split())
+WITH_RESUME = set("resume dataset prey total_updates device torch_threads cuda_graph compile capture_video".split())
+WITH_EVALUATE = WITH_RESUME - {"dataset", "total_updates"} | {*"evaluate seed eval_episodes solver_steps shift".split()}
 
 
 def write(path: Path, dump: Callable[[Path], object]) -> None:
@@ -617,7 +617,7 @@ def parse(argv: list[str]) -> Args:
     """The command line, over the defaults of its task or over the arguments of the run or policy that it names."""
     words = [part for word in argv for part in word.split("=", 1)]
     given = dict(zip((word.replace("_", "-") for word in words), words[1:]))
-    for flag, value in zip(["", *argv], argv):
+    for flag, value in zip(["", *words], words):
         if value == "" or flag == "" and value[0] != "-":
             raise BadInput(f"{flag} needs a value" if flag else f"{value!r} stands without a flag: --dataset {value}?")
     if run := given.get("--resume"):
@@ -630,8 +630,8 @@ def parse(argv: list[str]) -> Args:
     changed = [name for name, value in vars(default).items() if getattr(args, name) != value and name not in free]
     ranges = (
         (0, 2**31 - 1, "seed data_seed torch_threads thresholds q_weight cql_weight"),
-        (1, 10**9, "total_updates eval_every eval_episodes batch_size solver_steps cql_actions"),
-        (4, 10**6, "policy_hidden critic_hidden"),
+        (1, 10**9, "total_updates eval_every eval_episodes batch_size solver_steps"),
+        (4, 10**6, "policy_hidden critic_hidden cql_actions"),
         (0.0, 1.0, "gamma tau top_quantile"),
         (1e-9, 1.0, "data_fraction q_rows cql_rows"),
         (1e-12, 1e15, "policy_lr q_lr grad_clip"),
@@ -639,7 +639,7 @@ def parse(argv: list[str]) -> Args:
     for low, high, name in ((low, high, name) for low, high, names in ranges for name in names.split()):
         if not low <= getattr(args, name) <= high:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: must be from {low} to {high}")
-    args.capture_video and check_video()
+    check_video(args.capture_video)
     for holds, rule in (
         (not changed, f"--{' --'.join(changed).replace('_', '-')} cannot be changed for what is there already"),
         (args.total_updates >= default.total_updates * bool(args.resume), "--total-updates can only grow"),
@@ -659,7 +659,7 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(args.torch_threads or torch.get_num_threads())
         if args.evaluate:
             policy, saved = load_policy(args.evaluate, args.solver_steps)
-            act, film = make_act(policy.to(pick_device(args.device)), args), args.evaluate * args.capture_video
+            act, film = make_act(policy.to(pick_device(args.device)), args), args.evaluate if args.capture_video else ""
             task = dict(film=film, observation=args.observation, prey=args.prey, shift=args.shift)
             mean = demonstrate(act, saved["env_id"], args.eval_episodes, mix_seed(args.seed, 1), **task)
             print(f"normalised {normalize(saved['env_id'], mean):.1f}")
@@ -668,10 +668,10 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except (BadInput, Timeout, FileNotFoundError, NotADirectoryError, PermissionError) as error:
         code, text = 2, f"error: {error}"
-    except (FloatingPointError, OSError) as error:
+    except (FloatingPointError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         code, text = 3, f"failed: {error}"
     except KeyboardInterrupt:
-        code, text = 130, "interrupted; --resume and the run's directory go on"
+        code, text = 130, "interrupted; --resume with a run's directory goes on with its training"
     print(f"dom2.py: {text}", file=sys.stderr)
     return code
 

@@ -8,7 +8,7 @@ Method: "Diffusing to Coordinate: Efficient Online Multi-Agent Diffusion Policie
 that leaves a choice open, the method it extends, "DIME: Diffusion-Based Maximum Entropy Reinforcement Learning", arXiv
 2502.02316 [DIME]. What is neither's is marked [deviation Dn]; README.md has the reasons.
 Every agent turns Gaussian noise into an action by a few denoising steps that see only its own observation. The joint
-entropy of such policies is intractable; it is replaced by a lower bound, a sum over agents of path costs C_i. One
+entropy of such policies is intractable; minus the sum over agents of path costs C_i, a lower bound, replaces it. One
 centralised distributional critic learns the return plus that entropy bonus. All agents are updated at once, by the
 gradient of that critic through all denoising steps. The weight of the bonus, the temperature alpha, tunes itself.
 
@@ -61,7 +61,7 @@ class Args:
     eval_every: int = 50_000  # environment steps between evaluations; each also saves and restarts the environments
     eval_episodes: int = 10  # episodes per evaluation, one environment each
     run_dir: str = "runs"  # folder in which the run's own directory is made
-    resume: str = ""  # go on with the run in this directory; its length, device, speed and video may change
+    resume: str = ""  # go on with the run in this directory; its length, device, speed, prey and video may change
     evaluate: str = ""  # only evaluate the policy of the run in this directory, or a policy.pt
     list_tasks: bool = False  # print the tasks and their sizes, and stop
     capture_video: bool = False  # write a video of the final (or the evaluated) policy to a folder videos beside it
@@ -101,10 +101,10 @@ MPE = dict(
 )  # fmt: skip
 # MaMuJoCo has the sizes of the paper and of DIME, which want a GPU. Supports are symmetric: values then start near 0.
 ROBOT = dict(observation="full", v_min=-1000.0, v_max=1000.0)
-# OMAR's tasks are there to make offline data on a CPU. Steps of many copies of a particle world cost almost nothing.
+# OMAR's tasks make offline data, on a CPU [deviation D1]. Steps of many copies of a particle world cost almost nothing.
 OMAR = MPE | dict(num_envs=32, updates_per_step=0.0625, eval_every=4_000, learning_starts=4_000, alpha=0.1)
 SUITES = {"mpe": MPE, "mamujoco": ROBOT, "omar": OMAR}
-OWN = {  # what else a task has; in MaMuJoCo a robot, with all its partitions
+OWN = {  # what else a task has [deviation D1]; in MaMuJoCo a robot, with all its partitions
     **dict.fromkeys(("mpe_simple", "mpe_simple_speaker_listener"), dict(v_min=-90.0)),
     **dict.fromkeys(("mpe_simple_spread_n4", "mpe_simple_reference"), dict(v_min=-60.0)),
     "mpe_simple_adversary": dict(v_max=30.0),
@@ -150,8 +150,8 @@ class ParallelLinear(nn.Module):
 class DiffusionPolicy(nn.Module):
     """N independent diffusion policies, stochastic differential equations with learned u and rho [OMAD chain]:
 
-    x_0 ~ N(0, 2.5^2 I),   x_{n+1} = mu_n + sqrt(2 eta_n) noise,   a = tanh(x_K)
-    mu_n = x_n + eta_n (-x_n / 2.5^2 + u(x_n, o, n)),   eta_n = softplus(rho_dt) schedule_n / softplus(rho_friction)"""
+    x_0 ~ N(0, 2.5^2 I),   x_{k+1} = mu_k + sqrt(2 eta_k) noise,   a = tanh(x_K)
+    mu_k = x_k + eta_k (-x_k / 2.5^2 + u(x_k, o, k)),   eta_k = softplus(rho_dt) schedule_k / softplus(rho_friction)"""
 
     def __init__(self, obs_sizes: list[int], action_sizes: list[int], args: Args, steps: int = 0):
         super().__init__()
@@ -171,11 +171,11 @@ class DiffusionPolicy(nn.Module):
         nn.init.normal_(self.out.weight, std=1e-4)  # near zero [DIME]: the chain starts as noise
         # K. With other `steps` than trained the chain walks the same stretch of time in longer or shorter ones.
         self.steps = steps or args.denoising_steps
-        n, stretch = torch.arange(self.steps), args.denoising_steps / self.steps
-        angle = math.pi / 2 * (1.008 - (self.steps - n) / self.steps) / 1.008
+        k, stretch = torch.arange(self.steps), args.denoising_steps / self.steps
+        angle = math.pi / 2 * (1.008 - (self.steps - k) / self.steps) / 1.008
         schedule = 0.999 * torch.cos(angle) ** 2 + 0.001  # large first, tiny last [DIME]
         self.register_buffer("schedule", (stretch * schedule)[:, None, None, None], persistent=False)  # [K, 1, 1, 1]
-        self.register_buffer("index", (stretch * n)[:, None], persistent=False)  # [K, 1], in steps of the training
+        self.register_buffer("index", (stretch * k)[:, None], persistent=False)  # [K, 1], in steps of the training
 
     def noise(self, batch: int) -> Tensor:
         """All the randomness of one chain: [K + 1, B, N, A] standard normal numbers."""
@@ -186,32 +186,30 @@ class DiffusionPolicy(nn.Module):
 
         Their sum is the path cost C_i. E[C_i] >= -H(pi_i): -E[C_i] is a lower bound on the entropy [OMAD bound].
             running = -(log w + sum_d log(1 - tanh(x_K)^2)),   terminal = log N(x_0; 0, 2.5^2 I)
-            log w   = sum_n log N(x_n; x_{n+1} (1 - eta_n / 2.5^2), 2 eta_n) - log N(x_{n+1}; mu_n, 2 eta_n)"""
+            log w   = sum_k log N(x_k; x_{k+1} (1 - eta_k / 2.5^2), 2 eta_k) - log N(x_{k+1}; mu_k, 2 eta_k)"""
         noise = noise.transpose(1, 2) * self.action_mask  # [K + 1, N, B, A]
-        half = noise**2 / 2
         eta = F.softplus(self.rho_dt) * self.schedule / F.softplus(self.rho_friction)  # [K, N, 1, A]
         angle = self.frequency * self.index + self.phase  # [N, K, H]
         embedding = self.time2(F.gelu(self.time1(torch.cat([angle.sin(), angle.cos()], -1))))  # [N, K, H]
         from_time = self.in_time(embedding).transpose(0, 1).unsqueeze(2)  # [K, N, 1, H]
-        # Whatever does not depend on x is computed for all steps at once: x_{n+1} = decay_n x_n + kick_n + h last_n.
+        # u = h w + b of `out`, so x_{k+1} = decay x_k + h (eta w) + (eta b + noise). What needs no x is computed here.
         real_eta, decay = eta * self.action_mask, 1 - eta / 2.5**2  # [K, N, 1, A]
-        first = self.in_obs(obs.transpose(0, 1)) + self.in_x.bias + from_time  # of the first layer [K, N, B, H]
-        last = real_eta * self.out.weight  # [K, N, H, A]
-        kick = torch.addcmul(real_eta * self.out.bias, (2 * eta).sqrt(), noise[1:])  # [K, N, B, A]
+        bias0 = self.in_obs(obs.transpose(0, 1)) + self.in_x.bias + from_time  # of the first layer [K, N, B, H]
+        eta_w = real_eta * self.out.weight  # [K, N, H, A]
+        eta_b_noise = torch.addcmul(real_eta * self.out.bias, (2 * eta).sqrt(), noise[1:])  # [K, N, B, A]
         weights = (self.in_x.weight, *self.hidden1.parameters(), *self.hidden2.parameters())
         weights = (p.expand(self.steps, *p.shape) for p in weights)  # so that their gradients are added up in one go
 
         chain = [2.5 * noise[0]]  # x_0 [N, B, A]
-        for first_n, last_n, kick_n, decay_n, w0, w1, b1, w2, b2 in zip(first, last, kick, decay, *weights):
-            h = F.gelu(torch.baddbmm(first_n, chain[-1], w0))  # exact, not the tanh approximation [deviation D2]
+        for b0, out_w, out_b, decay_k, w0, w1, b1, w2, b2 in zip(bias0, eta_w, eta_b_noise, decay, *weights):
+            h = F.gelu(torch.baddbmm(b0, chain[-1], w0))  # exact, not the tanh approximation [deviation D2]
             h = F.gelu(torch.baddbmm(b2, F.gelu(torch.baddbmm(b1, h, w1)), w2))
-            chain.append(torch.baddbmm(torch.addcmul(kick_n, decay_n, chain[-1]), h, last_n))
-
-        # In log w the normalisers cancel, and x_{n+1} - mu_n is sqrt(2 eta_n) noise: that term is -noise^2 / 2 exactly.
-        x, xs = chain[-1], torch.stack(chain)  # [K + 1, N, B, A]
-        log_w = (half[1:] - torch.addcmul(xs[:-1], xs[1:], decay, value=-1) ** 2 / (4 * eta)).sum(0)  # [N, B, A]
-        running = 2 * (x + F.softplus(-2 * x) - math.log(2)) - log_w  # log(1 - tanh(x)^2) in a form without overflow
-        terminal = (half[0] + math.log(2.5 * math.sqrt(2 * math.pi))) * -self.action_mask
+            chain.append(torch.baddbmm(torch.addcmul(out_b, decay_k, chain[-1]), h, out_w))
+        # In log w the normalisers cancel, and x_{k+1} - mu_k is sqrt(2 eta_k) noise: that term is -noise^2 / 2 exactly.
+        x, xs = chain[-1], torch.stack(chain)  # [N, B, A], [K + 1, N, B, A]
+        log_w = (noise[1:] ** 2 / 2 - (xs[:-1] - xs[1:] * decay) ** 2 / (4 * eta)).sum(0)  # [N, B, A]
+        running = 2 * (x + F.softplus(-2 * x) - math.log(2)) - log_w  # first -log(1 - tanh(x)^2), without overflow
+        terminal = (noise[0] ** 2 / 2 + math.log(2.5 * math.sqrt(2 * math.pi))) * -self.action_mask
         return torch.tanh(x).transpose(0, 1), running.sum(-1).T, terminal.sum(-1).T
 
 
@@ -248,7 +246,7 @@ class GaussianPolicy(nn.Module):
 # 3. Critic ============================================================================================================
 class BatchRenorm(nn.Module):
     """Batch renormalisation of x [Q, B, D] over B, with statistics of each of the Q networks (arXiv 1702.03275).
-    In training by the batch's statistics, corrected towards the running ones after `warmup` calls; else by those."""
+    In training by the batch's, after `warmup` calls corrected towards the running ones; in evaluation by the latter."""
 
     def __init__(self, critics: int, size: int, momentum: float, warmup: int):
         super().__init__()
@@ -335,7 +333,7 @@ class OMAD(nn.Module):
     def critic_loss(self, batch: dict, noise: Tensor) -> tuple[Tensor, dict]:
         """Cross-entropy to the entropy-regularised distributional target [OMAD critic], with p_q the masses of Z_q:
 
-            L = sum_q E[-sum_j target_j log p_qj(s, a) + 0.005 sum_j p_qj log p_qj]
+            L = sum_q E[-sum_j target_j log p_qj(s, a) + critic_entropy_coef sum_j p_qj log p_qj]
             target: mass mean_q p_qj(s', a') at the places r + gamma (1 - terminated) (z_j - alpha sum_i C_i), projected
 
         A truncated step is not terminated: its target bootstraps from the true final observation. Without slow critics
@@ -377,7 +375,7 @@ class OMAD(nn.Module):
         return loss, logs, running.detach().sum(1)
 
     def temperature_loss(self, running: Tensor) -> tuple[Tensor, dict]:
-        """L = -alpha (E[sum_i running_i] - 4 dim(A)): too little noise, so a high cost, raises alpha [OMAD alpha]."""
+        """L = -alpha (E[sum_i running_i] - 4 sum_i dim a_i): little noise, a high cost, raises alpha [OMAD alpha]."""
         alpha, running = self.log_alpha.exp(), running.mean()
         loss = -alpha * (running - self.target_cost)
         return loss, {"losses/temperature": loss.detach(), "diag/running_cost": running, "diag/alpha": alpha.detach()}
@@ -407,8 +405,8 @@ class OMAD(nn.Module):
 
 
 def graphed(function: Callable, enabled: bool) -> Callable:
-    """A function of tensors that neither waits nor draws; if `enabled`, captured as a CUDA graph, one a set of shapes.
-    Three plain calls come first. The next call overwrites a result."""
+    """Captures a function of tensors, if `enabled`, as a CUDA graph for each set of shapes, after three plain calls.
+    It must neither wait for the device nor draw random numbers; the next call overwrites its result."""
     calls, graphs = {}, {}
 
     def call(*inputs: Tensor):
@@ -461,7 +459,7 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def make_act(policy: nn.Module, args: Args) -> Callable[[np.ndarray], np.ndarray]:
+def make_act(policy: nn.Module, args: Args = Args()) -> Callable[[np.ndarray], np.ndarray]:
     """Decentralised execution, sampled: a function of observations [E, N, O] to actions [E, N, A]."""
     device, chain = policy.action_mask.device, lambda obs, noise: policy(obs, noise)[0]
     chain = graphed(torch.compile(chain) if args.compile else chain, args.cuda_graph and device.type == "cuda")
@@ -477,14 +475,14 @@ def make_act(policy: nn.Module, args: Args) -> Callable[[np.ndarray], np.ndarray
 
 
 def train(args: Args, envs: gym.vector.VectorEnv | None = None) -> None:
-    """The whole of training or, with `args.resume`, the rest of it; in `envs`, if the caller wants to look on."""
+    """The whole of training or, with `args.resume`, the rest of it; in `envs`, if the caller wants to watch them."""
     task = dict(observation=args.observation, prey=args.prey)
     env, eval_envs = make_env(args.env_id, **task), make_vec(args.env_id, args.eval_episodes, **task)
     name = f"{args.env_id}__omad__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() // 1000 % 10**6:06d}"
     run = Path(args.resume or Path(args.run_dir, name))
     run.mkdir(parents=True, exist_ok=bool(args.resume))
     (lock := FileLock(run / ".lock")).acquire(timeout=0)  # keeps other processes out while it is there
-    begun = (run / "checkpoint.pt").exists() or (run / "eval.csv").exists()  # not if killed before it had saved
+    begun = (run / "checkpoint.pt").exists() or (run / "eval.csv").exists()  # else killed before it had saved
     new = dict(step=0, updates=0, seconds=0.0, evaluations=[], positions=None)
     saved = load(run / "checkpoint.pt") if begun else new
     sizes = dict(obs_sizes=env.obs_sizes, action_sizes=env.action_sizes)
@@ -499,12 +497,12 @@ def train(args: Args, envs: gym.vector.VectorEnv | None = None) -> None:
     learn = lambda rows, *noise: agent.update(replay.sample(rows), *noise)
     learn, act = graphed(learn, args.cuda_graph and device.type == "cuda"), make_act(agent.policy, args)
     # Start, or go on from the checkpoint.
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed)  # again: what follows does not depend on how much building drew
     step, updates, seconds, evaluations = (saved[key] for key in ("step", "updates", "seconds", "evaluations"))
     if begun:
         agent.load_state_dict(saved["agent"])
-        for adam, state in zip(agent.adams, saved["adams"]):
-            adam.load_state_dict(adam.state_dict() | {"state": state})
+        for adam, moments in zip(agent.adams, saved["adams"]):
+            adam.load_state_dict(adam.state_dict() | {"state": moments})
         replay.added, count = saved["added"], len(saved["replay"])
         replay.table[:count] = saved["replay"].to(device)
         if len(saved["random"]) == len(random.get_rng_state()):  # not so if that was on another kind of device
@@ -526,7 +524,7 @@ def train(args: Args, envs: gym.vector.VectorEnv | None = None) -> None:
             if not all(value.isfinite().all() for value in agent.state_dict().values()):
                 raise FloatingPointError(f"step {step}: the networks have diverged")  # the last good checkpoint stays
             policy = config | dict(policy=agent.policy.state_dict()) | evaluations[-1]
-            checkpoint = dict(
+            checkpoint = lambda: dict(  # made when it is written, because it copies the replay
                 format=FORMAT, step=step, updates=updates, seconds=seconds, evaluations=evaluations,
                 agent=agent.state_dict(), adams=[adam.state_dict()["state"] for adam in agent.adams],
                 added=replay.added, replay=replay.table[: replay.added].clone(), random=random.get_rng_state(),
@@ -534,7 +532,7 @@ def train(args: Args, envs: gym.vector.VectorEnv | None = None) -> None:
             )  # fmt: skip
             table = [",".join(evaluations[0]), *(",".join(map(str, row.values())) for row in evaluations)]
             write(run / "policy.pt", lambda path: torch.save(policy, path))
-            write(run / "checkpoint.pt", lambda path: torch.save(checkpoint, path))
+            write(run / "checkpoint.pt", lambda path: torch.save(checkpoint(), path))
             if len(envs.positions):
                 write(run / "torso_xy.npy", lambda path: np.save(path, envs.positions))
             write(run / "eval.csv", lambda path: path.write_text("\n".join([*table, ""])))
@@ -545,13 +543,13 @@ def train(args: Args, envs: gym.vector.VectorEnv | None = None) -> None:
         # Act.
         uniform = lambda: torch.rand(envs.action_space.shape, device=device).cpu().numpy() * 2 - 1
         action = act(obs) if step >= args.learning_starts else uniform()
-        # Learn, without the newest transition: a GPU does it while the environments step.
+        # Learn from what is stored by now: a GPU does it while the environments step.
         if step > args.learning_starts:
             for _ in range(round(args.updates_per_step * args.num_envs)):
                 updates += 1
-                rows = torch.randint(min(replay.added, len(replay.table)), (args.batch_size,), device=device)
+                index = torch.randint(min(replay.added, len(replay.table)), (args.batch_size,), device=device)
                 chains = 2 if updates % args.policy_frequency == 0 else 1
-                logs |= learn(rows, *(agent.policy.noise(args.batch_size) for _ in range(chains)))
+                logs |= learn(index, *(agent.policy.noise(args.batch_size) for _ in range(chains)))
         next_obs, reward, terminated, truncated, info = envs.step(action)
         seen = dict(obs=obs, next_obs=next_obs, state=state, next_state=info["state"])
         replay.add(**seen, action=action, reward=reward, terminated=terminated)
@@ -577,8 +575,8 @@ def train(args: Args, envs: gym.vector.VectorEnv | None = None) -> None:
 
 # 6. Files and command line ============================================================================================
 FORMAT = "omad-3"  # of policy.pt and checkpoint.pt; raise it when a change makes older files unreadable
-WITH_RESUME = set("resume total_timesteps device torch_threads cuda_graph compile capture_video".split())
-WITH_EVALUATE = WITH_RESUME | set("evaluate seed eval_episodes denoising_steps prey".split())
+WITH_RESUME = set("resume total_timesteps prey device torch_threads cuda_graph compile capture_video".split())
+WITH_EVALUATE = WITH_RESUME - {"total_timesteps"} | set("evaluate seed eval_episodes denoising_steps".split())
 
 
 def write(path: Path, dump: Callable[[Path], object]) -> None:
@@ -614,7 +612,7 @@ def parse(argv: list[str]) -> Args:
     """The command line, over the defaults of its task or over the arguments of the run or policy that it names."""
     words = [part for word in argv for part in word.split("=", 1)]
     given = dict(zip((word.replace("_", "-") for word in words), words[1:]))
-    for flag, value in zip(["", *argv], argv):
+    for flag, value in zip(["", *words], words):
         if value == "" or flag == "" and value[0] != "-":
             raise BadInput(f"{flag} needs a value" if flag else f"{value!r} stands without a flag: --env-id {value}?")
     if run := given.get("--resume"):
@@ -629,20 +627,22 @@ def parse(argv: list[str]) -> Args:
         (0, 2**31 - 1, "seed torch_threads learning_starts bn_warmup"),
         (1, 10**9, "total_timesteps num_envs eval_episodes buffer_size policy_frequency denoising_steps"),
         (2, 10**6, "batch_size n_atoms policy_hidden critic_hidden"),
-        (0.0, 1.0, "gamma bn_momentum tau adam_beta1"),
+        (0.0, 1.0, "gamma tau bn_momentum"),
+        (0.0, 0.9999, "adam_beta1"),
         (1e-12, 1e15, "policy_lr q_lr alpha alpha_lr policy_grad_clip updates_per_step"),
+        (-1e9, 1e9, "v_min v_max target_entropy_scale critic_entropy_coef"),
     )
     for low, high, name in ((low, high, name) for low, high, names in ranges for name in names.split()):
         if not low <= getattr(args, name) <= high:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: must be from {low} to {high}")
-    args.capture_video and check_video()
+    check_video(args.capture_video)
     updates, episodes = args.updates_per_step * args.num_envs, args.num_envs * find_task(args.env_id).horizon
     for holds, rule in (
         (not changed, f"--{' --'.join(changed).replace('_', '-')} cannot be changed for what is there already"),
         (args.total_timesteps >= default.total_timesteps * bool(args.resume), "--total-timesteps can only grow"),
         (args.device != "cuda" or torch.cuda.is_available(), "--device cuda: torch finds no CUDA device here"),
         (abs(updates - (round(updates) or 1)) < 1e-6, "--updates-per-step times --num-envs must be a whole number"),
-        (-1e9 <= args.v_min < args.v_max <= 1e9, "--v-min must be below --v-max"),
+        (args.v_min < args.v_max, "--v-min must be below --v-max"),
         (args.learning_starts < args.total_timesteps, "--learning-starts must be below --total-timesteps"),
         (args.num_envs <= args.buffer_size, "--buffer-size must be at least --num-envs"),
         (args.eval_every >= episodes, f"--eval-every must be at least {episodes}, an episode in each environment"),
@@ -661,17 +661,17 @@ def main(argv: list[str] | None = None) -> int:
             print(task_table())
         elif args.evaluate:
             act = make_act(load_policy(args.evaluate, args.denoising_steps)[0].to(pick_device(args.device)), args)
-            task = dict(film=args.evaluate * args.capture_video, observation=args.observation, prey=args.prey)
+            task = dict(film=args.evaluate if args.capture_video else "", observation=args.observation, prey=args.prey)
             demonstrate(act, args.env_id, args.eval_episodes, mix_seed(args.seed, 1), **task)
         else:
             train(args)
         return 0
     except (BadInput, Timeout, FileNotFoundError, NotADirectoryError, PermissionError) as error:
         code, text = 2, f"error: {error}"
-    except (FloatingPointError, OSError) as error:
+    except (FloatingPointError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         code, text = 3, f"failed: {error}"
     except KeyboardInterrupt:
-        code, text = 130, "interrupted; --resume and the run's directory go on"
+        code, text = 130, "interrupted; --resume with a run's directory goes on with its training"
     print(f"omad.py: {text}", file=sys.stderr)
     return code
 

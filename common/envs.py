@@ -437,9 +437,9 @@ def _action_converter(env: ParallelEnv, agent: str) -> tuple[int, Callable[[np.n
 Act = Callable[[np.ndarray], np.ndarray]  # observations [E, N, O] -> actions [E, N, A]
 
 
-def check_video() -> None:
-    """Raises `BadInput` if videos cannot be made."""
-    if not importlib.util.find_spec("moviepy"):
+def check_video(wanted: bool = True) -> None:
+    """Raises `BadInput` if videos are wanted and cannot be made."""
+    if wanted and not importlib.util.find_spec("moviepy"):
         raise BadInput("--capture-video needs the package moviepy, see requirements.txt")
 
 
@@ -496,7 +496,10 @@ def demonstrate(act: Act, env_id: str, episodes: int, seed: int, film: str = "",
 
 
 class RecordPositions(gym.vector.VectorWrapper):
-    """Remembers where robots that move in a plane are after every step; `before`: the `positions` of a resumed run."""
+    """Remembers where robots that move in a plane are after every step; `before`: the `positions` of a resumed run.
+
+    Raises `FloatingPointError` at the first observation or reward that is not finite, before anything learns from it.
+    """
 
     def __init__(self, envs: gym.vector.VectorEnv, before: np.ndarray | None = None):
         super().__init__(envs)
@@ -504,6 +507,8 @@ class RecordPositions(gym.vector.VectorWrapper):
 
     def step(self, actions):
         result = self.env.step(actions)
+        if not (np.isfinite(result[0]).all() and np.isfinite(result[1]).all()):
+            raise FloatingPointError("an observation or a reward of the environment is not finite")
         self._xy += result[4].get("torso_xy", np.zeros(0)).astype(np.float32).tobytes()
         return result
 

@@ -5,6 +5,7 @@ import dataclasses
 import importlib.util
 import itertools
 import json
+import math
 import os
 import re
 import runpy
@@ -25,7 +26,7 @@ import dom2
 import omad
 from common.datasets import FOLDERS, SPLITS
 from common.envs import list_tasks, versions
-from conftest import ROOT, caller, contents, equal, load, one_line, refusal, rows, wait
+from conftest import ROOT, SHORT, caller, contents, equal, load, one_line, refusal, rows, wait
 
 AGENT = {"omad": omad.OMAD, "dom2": dom2.DOM2}
 OTHER = {"omad": "dom2", "dom2": "omad"}
@@ -468,6 +469,8 @@ BAD_INPUT = {
         (["--prey", "nothing.pt"], ["--prey", "has no prey"]),
         (["--resume", "nowhere"], ["nowhere"]),
         (["--resume", ""], ["--resume"]),
+        (["--resume="], ["--resume"]),
+        (["--evaluate="], ["--evaluate"]),
         (["--evaluate", "nowhere"], ["nowhere"]),
         (["--evaluate", ""], ["--evaluate"]),
     ],
@@ -483,7 +486,9 @@ BAD_INPUT = {
         (["--n-atoms", "1"], ["n-atoms"]),
         (["--alpha", "0"], ["--alpha"]),
         (["--alpha-lr", "nan"], ["--alpha-lr"]),
-        (["--adam-beta1", "1.5"], ["--adam-beta1"]),
+        (["--adam-beta1", "1"], ["--adam-beta1"]),
+        (["--critic-entropy-coef", "nan"], ["--critic-entropy-coef"]),
+        (["--target-entropy-scale", "inf"], ["--target-entropy-scale"]),
         (["--updates-per-step", "0.3"], ["--updates-per-step", "whole"]),
         (["--updates-per-step", "nan"], ["--updates-per-step"]),
         (["--updates-per-step", "-0.25"], ["--updates-per-step"]),
@@ -504,6 +509,7 @@ BAD_INPUT = {
         (["--shift", "speed"], ["--shift", "--evaluate"]),
         (["--top-quantile", "2"], ["--top-quantile"]),
         (["--thresholds", "-1"], ["thresholds"]),
+        (["--cql-actions", "1"], ["--cql-actions"]),
     ],
 }
 
@@ -579,6 +585,23 @@ def test_numbers_that_are_not_finite_stop_a_run_and_the_last_good_checkpoint_sta
         assert load(run / name)["step"] == program.every
     assert program.call("--resume", run, run_dir=False)[0] == 0
     assert rows(run) == rows(program.whole)
+
+
+def test_an_environment_s_number_that_is_not_finite_is_not_learned_from(cli, tmp_path, monkeypatch):
+    """It stops the run at once, after 100 steps of training and twice 75 of evaluation, and what is resumed is sound."""
+    step, calls = common.envs.TeamEnv.step, []
+
+    def spoiled(self, action):
+        result = step(self, action)
+        calls.append(1)
+        return (result[0], math.nan, *result[2:]) if len(calls) == 300 else result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(common.envs.TeamEnv, "step", spoiled)
+        code, _, err = cli(*SHORT)
+    (run,) = tmp_path.glob("*__omad__*")
+    assert code == 3 and "reward" in err and len(err.splitlines()) == 1
+    assert load(run / "checkpoint.pt")["replay"].isfinite().all() and cli("--resume", run, run_dir=False)[0] == 0
 
 
 def test_a_run_that_diverges_by_itself(cli, tmp_path):

@@ -19,10 +19,10 @@ MOST = {
     ("omad", "diffusion", "full update"): 780,
     ("omad", "diffusion", "critic update"): 330,
     ("omad", "diffusion", "act in 1"): 118,
-    ("dom2", "unet", "update"): 1280,
-    ("dom2", "mlp", "update"): 645,
+    ("dom2", "unet", "update"): 1300,
+    ("dom2", "mlp", "update"): 675,
     ("dom2", "deterministic", "update"): 215,
-    ("dom2", "unet", "act in 1"): 230,
+    ("dom2", "unet", "act in 1"): 240,
 }
 
 
