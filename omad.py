@@ -590,7 +590,8 @@ def write(path: Path, dump: Callable[[Path], object]) -> None:
 
 
 def load(path: Path) -> dict:
-    """A policy.pt, checkpoint.pt or config.json. Nothing in it is executed. Raises `BadInput`."""
+    """A policy.pt (or its run), checkpoint.pt or config.json. Nothing in it is executed. Raises `BadInput`."""
+    path = path / "policy.pt" if path.is_dir() else path
     try:
         saved = json.loads(path.read_text()) if path.suffix == ".json" else torch.load(path, "cpu", weights_only=True)
         assert saved["format"] == FORMAT, f"its format is {saved['format']}, not {FORMAT}"
@@ -601,9 +602,8 @@ def load(path: Path) -> dict:
 
 def load_policy(path: str | Path, steps: int = 0) -> tuple[DiffusionPolicy | GaussianPolicy, dict]:
     """The policies in a policy.pt or in a run's directory, and what else the file says: args, step, return_mean, ..."""
-    saved = load(Path(path, "policy.pt") if Path(path).is_dir() else Path(path))
-    kind, sizes = POLICIES[saved["args"]["policy"]], (saved["obs_sizes"], saved["action_sizes"])
-    policy = kind(*sizes, Args(**saved["args"]), steps)
+    saved = load(Path(path))
+    policy = POLICIES[saved["args"]["policy"]](saved["obs_sizes"], saved["action_sizes"], Args(**saved["args"]), steps)
     policy.load_state_dict(saved["policy"])
     return policy, saved
 
@@ -618,7 +618,7 @@ def parse(argv: list[str]) -> Args:
     if run := given.get("--resume"):
         default, free = Args(**load(Path(run, "config.json"))["args"]), WITH_RESUME
     elif path := given.get("--evaluate"):
-        default, free = Args(**load_policy(path)[1]["args"] | {"resume": "", "capture_video": False}), WITH_EVALUATE
+        default, free = Args(**load(Path(path))["args"] | {"resume": "", "capture_video": False}), WITH_EVALUATE
     else:
         default, free = preset(given.get("--env-id", Args.env_id)), vars(Args())
     args = tyro.cli(Args, args=argv, default=default, prog="omad.py")

@@ -38,11 +38,6 @@ def play(act: Act, envs: gym.vector.VectorEnv, seed: int | list[int]) -> np.ndar
     return info["episode"]["r"]
 
 
-def sampled(policy: torch.nn.Module) -> Act:
-    """Its actions, with noise of torch's own generator."""
-    return lambda obs: policy(torch.from_numpy(obs), policy.noise(len(obs)))[0].numpy()
-
-
 def load_behaviour(env_id: str, level: str, folder: Path = POLICIES) -> tuple[torch.nn.Module, dict]:
     """The policy of that task and level, and what its .json says, with "args" as `omad.Args`, and its "sha256"."""
     path = folder / f"{env_id}-{level}.pt"
@@ -104,7 +99,7 @@ def main() -> int:
     envs = make_vec(args.env_id, copies, args.observation, prey=args.prey)
     rounds = -(-options.episodes // copies)
     torch.manual_seed(2000)
-    returns = np.concatenate([play(sampled(policy), envs, mix_seed(2000, i)) for i in range(rounds)])
+    returns = np.concatenate([play(omad.make_act(policy), envs, mix_seed(2000, i)) for i in range(rounds)])
     config = json.loads((options.run_dir / "config.json").read_bytes())
     seconds = [float(row["wall_time_s"]) for row in csv.DictReader((options.run_dir / "eval.csv").open())]
     about = {

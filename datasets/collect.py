@@ -26,7 +26,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent))
 import omad
-from behaviour import POLICIES, command, load_behaviour, play, sampled
+from behaviour import POLICIES, command, load_behaviour, play
 from common.datasets import DATA, data_folder, layout, split_name
 from common.envs import Act, BadInput, check_options, find_task, make_vec, mix_seed, sha256, versions
 from writer import Writer
@@ -111,7 +111,7 @@ def play_all(options: Options, writer: Writer, split: str) -> list[dict]:
         about = "uniform in [-1, 1]"
         if level != "random":
             policy, known = load_behaviour(env_id, level, options.policies)
-            players[level] = sampled(policy)
+            players[level] = omad.make_act(policy)
             about = {key: known[key] for key in ("command", "seed", "steps", "return", "git_revision", "sha256")}
         count = last - first
         shares.append({"level": level, "transitions": count, "episodes": count // horizon, "policy": about})

@@ -208,7 +208,7 @@ def test_mixed_splits_are_the_first_halves_of_two(made):
 
 def test_behaviour_policies_act_with_their_own_noise(policies):
     policy, _ = behaviour.load_behaviour("omar_simple_spread", "medium", policies)
-    obs, act = make_vec("omar_simple_spread", 6).reset(seed=0)[0], torch.no_grad()(behaviour.sampled(policy))
+    obs, act = make_vec("omar_simple_spread", 6).reset(seed=0)[0], omad.make_act(policy)
     one, same, other = (torch.manual_seed(seed) and act(obs) for seed in (0, 0, 1))
     np.testing.assert_array_equal(one, same)
     assert one.shape == (6, 3, 2) and not np.array_equal(one, other)
@@ -1286,7 +1286,7 @@ def test_a_run_becomes_a_behaviour_policy(tmp_path, monkeypatch, capsys):
     assert "--total-timesteps 800" in words and "--policy-hidden 16" in words and "--run-dir" not in words
     assert "--gamma" not in words and parsed(words) == dataclasses.replace(args, run_dir="runs")  # the command is the run
     torch.manual_seed(2000)
-    returns = behaviour.play(behaviour.sampled(policy), make_vec("omar_simple_tag", 20), mix_seed(2000, 0))
+    returns = behaviour.play(omad.make_act(policy), make_vec("omar_simple_tag", 20), mix_seed(2000, 0))
     assert returns.mean() == pytest.approx(about["return"]["mean"], abs=0.01)
     code, _, err = called(behaviour, monkeypatch, capsys, tmp_path)
     assert code == 2 and "no policy.pt there" in err
@@ -1299,7 +1299,7 @@ def test_the_committed_policies_score_what_their_cards_say(env_id, level):
     policy, about = behaviour.load_behaviour(env_id, level)
     envs = make_vec(env_id, 2 if "cheetah" in env_id else 300)
     torch.manual_seed(5)
-    returns, said = behaviour.play(behaviour.sampled(policy), envs, 123456), about["return"]
+    returns, said = behaviour.play(omad.make_act(policy), envs, 123456), about["return"]
     assert abs(returns.mean() - said["mean"]) < 4 * said["std"] / len(returns) ** 0.5
     assert parsed(about["command"]) == about["args"]  # the command is the run
 

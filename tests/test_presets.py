@@ -12,7 +12,8 @@ from common.envs import list_tasks
 RESULTS = Path(__file__).parent.parent / "runs" / "results"
 OWN = {"seed", "run_dir", "resume", "evaluate", "device", "torch_threads", "cuda_graph", "compile", "list_tasks"}
 OWN |= {"capture_video"}
-small = re.search('small="(.+)"', (RESULTS.parent / "mamujoco.sh").read_text())[1].split()
+SCRIPT = (RESULTS.parent / "mamujoco.sh").read_text()
+small = re.search('small="(.+)"', SCRIPT)[1].split()
 SMALL = {name.strip("-").replace("-", "_"): float(value) for name, value in zip(small[::2], small[1::2], strict=True)}
 HALFCHEETAH = SMALL | dict(v_min=-1000.0, v_max=1000.0)
 BATCH_128 = dict(batch_size=128, total_timesteps=120_000)
@@ -74,3 +75,11 @@ def test_supports(env_id, v_min, v_max):
 
 def test_every_task_has_defaults():
     assert all(omad.preset(env_id).env_id == env_id for env_id in list_tasks())
+
+
+def test_the_readme_has_the_small_variant():
+    readme = " ".join((RESULTS.parent.parent / "README.md").read_text().replace("\\\n", " ").split())
+    own = re.search("halfcheetah_2x3 90000 (.+?) ;;", SCRIPT)[1]
+    assert all(flags in readme for flags in (" ".join(small), own))
+    assert "python omad.py --env-id mamujoco_halfcheetah_2x3" in readme
+    assert omad.parse(["--env-id", "mamujoco_halfcheetah_2x3", *small, *own.split()]).v_max == 1000

@@ -1,7 +1,6 @@
 """Every task: sizes, presets, real updates; Multi-Agent MuJoCo and the scripted adversary against the upstream packages."""
 
 import dataclasses
-import re
 from pathlib import Path
 
 import gymnasium as gym
@@ -15,7 +14,7 @@ from mpe2 import simple_adversary_v3
 import common.envs
 import omad
 from common.envs import BadInput, find_task, list_tasks, make_env, make_vec, scripted_adversary, task_table
-from conftest import ROOT, SHORT
+from conftest import SHORT
 
 PAPER = [
     "mpe_simple_spread", "mpe_simple_spread_n4", "mpe_simple_adversary", "mamujoco_ant_2x4", "mamujoco_ant_2x4d", "mamujoco_ant_4x2",
@@ -361,11 +360,3 @@ def test_presets_fit_their_tasks(env_id):
 )  # fmt: skip
 def test_the_papers_tasks_have_the_supports_that_the_readme_gives(env_id, v_max):
     assert omad.preset(env_id).v_max == v_max
-
-
-def test_the_readme_has_the_small_variant():
-    readme = " ".join((ROOT / "README.md").read_text().replace("\\\n", " ").split())
-    script = (ROOT / "runs/mamujoco.sh").read_text()
-    small, own = re.search('small="(.+)"', script)[1], re.search("halfcheetah_2x3 90000 (.+?) ;;", script)[1]
-    assert all(flag in readme for flag in (small, own)) and "python omad.py --env-id mamujoco_halfcheetah_2x3" in readme
-    assert omad.parse(["--env-id", "mamujoco_halfcheetah_2x3", *small.split(), *own.split()]).v_max == 1000
