@@ -199,7 +199,6 @@ class DiffusionPolicy(nn.Module):
         eta_b_noise = torch.addcmul(real_eta * self.out.bias, (2 * eta).sqrt(), noise[1:])  # [K, N, B, A]
         weights = (self.in_x.weight, *self.hidden1.parameters(), *self.hidden2.parameters())
         weights = (p.expand(self.steps, *p.shape) for p in weights)  # so that their gradients are added up in one go
-
         chain = [2.5 * noise[0]]  # x_0 [N, B, A]
         for b0, out_w, out_b, decay_k, w0, w1, b1, w2, b2 in zip(bias0, eta_w, eta_b_noise, decay, *weights):
             h = F.gelu(torch.baddbmm(b0, chain[-1], w0))  # exact, not the tanh approximation [deviation D2]
@@ -207,9 +206,10 @@ class DiffusionPolicy(nn.Module):
             chain.append(torch.baddbmm(torch.addcmul(out_b, decay_k, chain[-1]), h, out_w))
         # In log w the normalisers cancel, and x_{k+1} - mu_k is sqrt(2 eta_k) noise: that term is -noise^2 / 2 exactly.
         x, xs = chain[-1], torch.stack(chain)  # [N, B, A], [K + 1, N, B, A]
-        log_w = (noise[1:] ** 2 / 2 - (xs[:-1] - xs[1:] * decay) ** 2 / (4 * eta)).sum(0)  # [N, B, A]
+        half, behind = noise**2 / 2, torch.addcmul(xs[:-1], xs[1:], decay, value=-1)  # x_k - x_{k+1} decay_k
+        log_w = (half[1:] - behind**2 / (4 * eta)).sum(0)  # [N, B, A]
         running = 2 * (x + F.softplus(-2 * x) - math.log(2)) - log_w  # first -log(1 - tanh(x)^2), without overflow
-        terminal = (noise[0] ** 2 / 2 + math.log(2.5 * math.sqrt(2 * math.pi))) * -self.action_mask
+        terminal = (half[0] + math.log(2.5 * math.sqrt(2 * math.pi))) * -self.action_mask
         return torch.tanh(x).transpose(0, 1), running.sum(-1).T, terminal.sum(-1).T
 
 
@@ -272,7 +272,7 @@ class BatchRenorm(nn.Module):
             d = ((mean - torch.where(warm, self.mean, mean)) / running_std).clamp(-5, 5)
             torch._foreach_lerp_([self.mean, self.var], [mean, var], 1 - self.momentum)
             self.calls += 1
-        return torch.addcmul(self.shift + self.scale * d, centred, self.scale * r / std)
+        return torch.addcmul(torch.addcmul(self.shift, self.scale, d), centred, self.scale * (r / std))
 
 
 class Critic(nn.Module):
@@ -301,7 +301,7 @@ POLICIES = {"diffusion": DiffusionPolicy, "gaussian": GaussianPolicy}
 
 def project(probs: Tensor, places: Tensor, atoms: Tensor) -> Tensor:
     """Moves the mass `probs` [B, Z] at `places` [B, Z], clipped to the support, to the even grid `atoms` [Z] [C51]."""
-    step = (atoms[-1] - atoms[0]) / (len(atoms) - 1)
+    step = atoms[1] - atoms[0]
     place = (places.clamp(atoms[0], atoms[-1]) - atoms[0]) / step  # in units of atoms, 0 .. Z - 1
     lower = place.floor().clamp(max=len(atoms) - 2)
     share = place - lower  # of the upper neighbour
@@ -367,17 +367,17 @@ class OMAD(nn.Module):
         Its gradient runs through the critics, held fixed, and the whole chain. Also returns sum_i running_i [B]."""
         critic, alpha = self.critic.eval(), self.log_alpha.detach().exp()
         action, running, terminal = self.policy(batch["obs"], noise)
-        value = (F.softmax(critic(batch["state"], action), -1) @ critic.atoms).mean(0)  # [B]
-        path_cost = (running + terminal).sum(1)  # [B]
-        loss = (alpha * path_cost - value).mean()
-        logs = {"losses/policy": loss.detach(), "diag/entropy_bound": -path_cost.detach().mean()}
+        value = F.softmax(critic(batch["state"], action), -1) @ critic.atoms  # [Q, B]
+        path_cost = (running + terminal).sum(1).mean()  # []
+        loss = alpha * path_cost - value.mean()
+        logs = {"losses/policy": loss.detach(), "diag/entropy_bound": -path_cost.detach()}
         logs["diag/action_saturation"] = (action.detach().abs() > 0.99).float().mean()
         return loss, logs, running.detach().sum(1)
 
     def temperature_loss(self, running: Tensor) -> tuple[Tensor, dict]:
-        """L = -alpha (E[sum_i running_i] - 4 sum_i dim a_i): little noise, a high cost, raises alpha [OMAD alpha]."""
+        """L = alpha (4 sum_i dim a_i - E[sum_i running_i]): little noise, a high cost, raises alpha [OMAD alpha]."""
         alpha, running = self.log_alpha.exp(), running.mean()
-        loss = -alpha * (running - self.target_cost)
+        loss = alpha * (self.target_cost - running)
         return loss, {"losses/temperature": loss.detach(), "diag/running_cost": running, "diag/alpha": alpha.detach()}
 
     def update(self, batch: dict, critic_noise: Tensor, policy_noise: Tensor | None = None) -> dict:
