@@ -90,7 +90,7 @@ class Args:
     top_quantile: float = 0.98  # quantile of the returns at the highest threshold; the lowest is their mean
 
 
-# Presets by task, for data from elsewhere; data sets with a name have more below. From the search in runs/sweep.py.
+# Presets by task, for data from elsewhere; data sets with a name have more below. From a search: runs/dom2.md.
 ROBOT = dict(
     gamma=0.99, tau=0.005, q_lr=1e-3, total_updates=3_000, eval_episodes=10, cql_own=True, cql_weight=8.0,
     policy_hidden=64, critic_hidden=64,

@@ -22,6 +22,7 @@ import importlib.util
 import itertools
 import math
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -519,14 +520,16 @@ class RecordPositions(gym.vector.VectorWrapper):
 
 
 def versions() -> dict:
-    """Of what makes runs and data: this project, whose tasks `omar_...` are, Python, and the packages."""
+    """What makes runs and data: the machine, this project, whose tasks `omar_...` are, Python, and the packages."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         revision = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):  # no git, or no repository
         revision = "unknown"
     packages = "torch numpy gymnasium gymnasium-robotics mujoco pettingzoo mpe2 tyro tensorboard".split()
+    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} cores"
     return {
+        "machine": f"{platform.machine()}, {machine}",
         "git_revision": revision,
         "python": sys.version.split()[0],
         "packages": {name: importlib.metadata.version(name) for name in packages},

@@ -1,39 +1,30 @@
-"""What critics believe against what policies earn: where a run of runs/offline.py falls short, which of the two is it?
+"""What critics believe against what policies earn: where a run of dom2.py falls short, which of the two is it?
 
-    python runs/belief.py --datasets omar_halfcheetah_2x3-random      # of runs that are there with their checkpoint.pt
+    python runs/belief.py RUN_DIR RUN_DIR ...     # finished runs that still have their checkpoint.pt
 
-A table, and a row of runs/results/belief.csv per run. A critic's belief is the smaller of the two averaged critics'
-values. Means over agents and over the steps of fresh episodes that the run's last policies play: `believed` of what
-they do there, and what they `earned`, the discounted rewards that did follow; behind the end of an episode that is
-the critics' belief once more, with a mean weight of `end`. `action` is the mean size of an action's components,
-`edge` the share of them beyond 0.99. Means over 10,000 rows of the data: what the critics believe of the actions in
-them (`data`) and of the policies' own instead (`own`).
+A row of runs/results/belief.csv per run. A critic's belief is the smaller of the two averaged critics' values. Means
+over agents and over the steps of fresh episodes that the run's last policies play: `believed` of what they do there,
+and what they `earned`, the discounted rewards that did follow; behind the end of an episode that is the critics' belief
+once more, with a mean weight of `end`. `action` is the mean size of an action's components, `edge` the share of them
+beyond 0.99. Means over 10,000 rows of the data: what the critics believe of the actions in them (`data`) and of the
+policies' own instead (`own`). Shape letters: E environments, N agents, O observation, A action, T steps.
 """
 
-import csv
-from dataclasses import dataclass
+import sys
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
-import offline
 import torch
 import tyro
 
-from common.datasets import Dataset, open_dataset
-from common.envs import make_env, make_vec
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+import dom2
+from campaign import RESULTS, record
+from common.datasets import open_dataset
+from common.envs import BadInput, find_task, make_env, make_vec
 
-dom2 = offline.dom2
-RESULT = offline.ROOT / "runs" / "results" / "belief.csv"
-
-
-@dataclass(frozen=True)
-class Options:
-    """Which runs to look at; those without a checkpoint.pt are left out."""
-
-    datasets: tuple[str, ...]  # names of data sets
-    methods: tuple[Literal["dom2", "deterministic"], ...] = ("dom2", "deterministic")  # imitation has no critics
-    seeds: tuple[int, ...] = (1, 2, 3)  # seeds of training
+FRESH = 10**6  # seed of episodes that no run evaluates on
 
 
 @torch.no_grad()
@@ -44,15 +35,7 @@ def believe(agent: dom2.DOM2, obs: np.ndarray, action: np.ndarray) -> np.ndarray
     return agent.slow_critic(obs, torch.from_numpy(action).transpose(0, 1)).amin(0).T.numpy()
 
 
-def trained(run: Path) -> tuple[dom2.DOM2, str]:
-    """The last policies and critics of a run, and its task."""
-    saved = dom2.load_policy(run)[1]
-    agent = dom2.DOM2(make_env(saved["env_id"]), dom2.Args(**saved["args"]), torch.device("cpu"))
-    agent.load_state_dict(torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)["agent"])
-    return agent, saved["env_id"]
-
-
-def to_go(rewards: np.ndarray, gamma: float, end: np.ndarray) -> np.ndarray:
+def to_go(rewards: np.ndarray, gamma: float, end: np.ndarray | float) -> np.ndarray:
     """Discounted sums of what follows: rewards [T, ...] and the value behind the last of them -> [T, ...]."""
     result, following = np.zeros_like(rewards), end
     for t in reversed(range(len(rewards))):
@@ -60,53 +43,51 @@ def to_go(rewards: np.ndarray, gamma: float, end: np.ndarray) -> np.ndarray:
     return result
 
 
-def look(run: Path, data: Dataset) -> dict[str, float]:
-    """The numbers of a finished run."""
-    agent, env_id = trained(run)
-    envs, gamma = make_vec(env_id, 10 if "cheetah" in env_id else 200), agent.args.gamma
-    act = dom2.make_act(agent.slow_policy)
-    torch.manual_seed(offline.FRESH)
-    obs, _ = envs.reset(seed=offline.FRESH)
-    believed, rewards, actions, over = [], [], [], False
-    while not over:
+def look(run: Path) -> tuple[dict, dict]:
+    """The key and the numbers of a run. Raises `BadInput`."""
+    config, saved = dom2.load(run / "config.json"), dom2.load(run / "checkpoint.pt")
+    args, task = dom2.Args(**config["args"]), find_task(config["env_id"])
+    if not args.q_weight or task.terminates:
+        raise BadInput(f"{run}: give runs with critics (a --q-weight) and in tasks in which nobody falls")
+    data = open_dataset(args.dataset, args.data_fraction, args.seed, args.env_id, args.data_seed)
+    if data.checksum != saved["data"]:
+        raise BadInput(f"{run}: trained on other data than {args.dataset} holds now")
+    inside = dict(observation=args.observation, prey=args.prey)
+    agent = dom2.DOM2(make_env(config["env_id"], **inside), args, torch.device("cpu"))
+    agent.load_state_dict(saved["agent"])
+    envs, act = make_vec(config["env_id"], 10 if task.own_state else 200, **inside), dom2.make_act(agent.slow_policy)
+    torch.manual_seed(FRESH)
+    obs, _ = envs.reset(seed=FRESH)
+    believed, rewards, actions = [], [], []
+    for _ in range(task.horizon):
         actions.append(act(obs))
         believed.append(believe(agent, obs, actions[-1]))
-        obs, _, terminated, truncated, info = envs.step(actions[-1])
+        obs, _, _, _, info = envs.step(actions[-1])
         rewards.append(info["agent_rewards"].astype(np.float64))
-        over = (terminated | truncated).all()  # the tasks of offline data end by their time limit only, all at once
-    earned = to_go(np.array(rewards), gamma, believe(agent, obs, act(obs)))
-    weight = to_go(np.zeros(len(rewards)), gamma, 1.0)
+    earned = to_go(np.array(rewards), args.gamma, believe(agent, obs, act(obs)))
+    weight = to_go(np.zeros(len(rewards)), args.gamma, 1.0)
     rows = np.sort(np.random.default_rng(0).choice(len(data.obs), min(10_000, len(data.obs)), replace=False))
-    seen, done = np.asarray(data.obs[rows], np.float32), np.clip(data.actions[rows], -1, 1).astype(np.float32)
-    size = np.abs(actions)
-    found = dict(
+    seen, done, size = data.obs[rows], np.clip(data.actions[rows], -1, 1), np.abs(actions)
+    numbers = dict(
         return_mean=np.sum(rewards, 0).mean(), believed=np.mean(believed), earned=earned.mean(), end=np.mean(weight),
         data=believe(agent, seen, done).mean(), own=believe(agent, seen, act(seen)).mean(),
         action=size.mean(), edge=(size > 0.99).mean(),
     )  # fmt: skip
-    return {name: round(float(value), 3) for name, value in found.items()}
+    return dict(dataset="-".join(Path(args.dataset).parts[-3:]), policy=args.policy, seed=args.seed), numbers
 
 
-def main() -> None:
-    options = tyro.cli(Options)
+def main(runs: tyro.conf.Positional[tuple[Path, ...]]) -> int:
+    """Looks at these directories of runs. Returns the exit code: 0 done, 2 bad input."""
     torch.set_num_threads(1)
-    rows = list(csv.DictReader(RESULT.open())) if RESULT.exists() else []
-    for dataset in options.datasets:
-        found = [(m, s, offline.find_run(dataset, m, 1.0, s)) for m in options.methods for s in options.seeds]
-        found = [known for known in found if known[2] and (known[2] / "checkpoint.pt").exists()]
-        if not found:
-            print(f"{dataset}: no finished run with its checkpoint.pt; runs/offline.py makes some")
-            continue
-        data = open_dataset(dataset)
-        offline.note_data(dataset, data.returns)  # which stops if the runs had other data
-        for method, seed, run in found:
-            key = dict(dataset=dataset, method=method, seed=str(seed))
-            rows = [row for row in rows if not key.items() <= row.items()] + [key | look(run, data)]
-            offline.write_rows(RESULT, rows)
-    for i, row in enumerate(rows):
-        offline.head(*row) if not i else None
-        offline.line(*row.values())
+    try:
+        for run in runs:
+            key, numbers = look(run)
+            record(RESULTS / "belief.csv", key, **numbers)
+    except BadInput as error:
+        print(f"belief.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(tyro.cli(main))

@@ -1,14 +1,13 @@
 """How fast OMAD and DOM2 are here, and how near that is to what the machine can do.
 
     python runs/speed.py                                       # both programs at their presets: updates, acting, growth
-    python runs/speed.py --programs omad --env-id mamujoco_ant_2x4 --tables update --end-to-end 10000
+    python runs/speed.py --programs omad --env-id mamujoco_ant_2x4 --tables update
 
 Versions of the same step are timed in turns, within one process: eager; on a GPU also as a CUDA graph and as a graph of
-compiled networks; on a CPU, with --compile, compiled. An update has everything that training does for it: draw, sample,
-losses, optimisers. Columns of the output:
+compiled networks. An update has everything that training does for it: draw, sample, losses, optimisers. Columns:
 
     operations   that torch dispatches, without views: exact on any machine, and what a small network's time is made of
-    ms, per_s    the median over the turns
+    ms           the median over the turns
     ratio        time of the first version / time of this one, median over the turns: holds on a noisy machine
     share        floor / time. The floor is the time of the matrix products at the rate of one large product or of the
                  compulsory traffic at that of one large copy, measured here, whichever is longer. Compulsory: to read
@@ -16,13 +15,9 @@ losses, optimisers. Columns of the output:
     gib          of GPU memory that this version took
 """
 
-import csv
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -49,14 +44,11 @@ class Options:
     """Speed of the updates and decisions of OMAD and of DOM2."""
 
     programs: tuple[Literal["omad", "dom2"], ...] = ("omad", "dom2")  # which
-    # acting: by K; growth: with the number of agents
-    tables: tuple[Literal["update", "acting", "growth"], ...] = ("update", "acting", "growth")
+    tables: tuple[Literal["update", "acting", "growth"], ...] = ("update", "acting", "growth")  # by K; by N
     env_id: str = "mpe_simple_spread"  # OMAD's task, at its preset
     dataset: str = "omar_simple_spread-medium"  # whose preset and sizes DOM2 has; the data themselves are random
-    end_to_end: int = 0  # environment steps (updates of DOM2) of real training, per version, to time too; at least 2000
     agents: tuple[int, ...] = (3, 24)  # in growth
     steps: tuple[int, ...] = (1, 2, 4, 8)  # K, in acting
-    compile: bool = False  # also time compiled networks on a CPU; on a GPU they always are
     turns: int = 9  # timings of each version
     device: str = "auto"  # auto, cpu or cuda
     torch_threads: int = 1  # CPU threads
@@ -64,17 +56,13 @@ class Options:
 
 
 class Operations(TorchDispatchMode):
-    """Counts what torch dispatches, by name. Views, allocations and marks for the profiler do no work."""
+    """Counts what torch dispatches. Views, allocations and marks for the profiler do no work."""
 
     IDLE = ("empty", "new_empty", "_unsafe_view", "_record_function")  # beginnings of names
-
-    def __init__(self):
-        super().__init__()
-        self.names: Counter[str] = Counter()
+    count = 0
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        name = operation.overloadpacket.__name__
-        self.names[name] += not operation.is_view and not name.startswith(self.IDLE)
+        self.count += not operation.is_view and not operation.overloadpacket.__name__.startswith(self.IDLE)
         return operation(*args, **kwargs or {})
 
 
@@ -83,7 +71,7 @@ def count_operations(function: Callable[[], object]) -> int:
     function()
     with Operations() as operations:
         function()
-    return operations.names.total()
+    return operations.count
 
 
 class Step(NamedTuple):
@@ -92,9 +80,8 @@ class Step(NamedTuple):
     count: int = 1  # how many times `run` does it
 
 
-Steps = dict[str, Step]
 weights = lambda *modules: sum(p.numel() for module in modules for p in module.parameters())
-COLUMNS = ("label", "what", "version", "operations", "ms", "per_s", "ratio", "share", "gflop", "mb", "gib")
+COLUMNS = ("label", "what", "version", "operations", "ms", "ratio", "share", "gib")
 
 
 class Bench:
@@ -126,10 +113,9 @@ class Bench:
 
         repeats = {name: max(1, min(100, round(0.05 / clock(function, 1)))) for name, function in versions.items()}
         turn = lambda: {name: clock(function, repeats[name]) for name, function in versions.items()}
-        turns = [turn() for _ in range(self.turns)]
-        return {name: [turn[name] for turn in turns] for name in versions}
+        return {name: list(times) for name, times in zip(versions, zip(*(turn().values() for _ in range(self.turns))))}
 
-    def compare(self, label: str, builds: dict[str, Callable[[], Steps]]) -> None:
+    def compare(self, label: str, builds: dict[str, Callable[[], dict[str, Step]]]) -> None:
         """Builds every version, and times their steps against each other."""
         torch.compiler.reset()
         built, gib = {}, {}
@@ -148,29 +134,28 @@ class Bench:
                     with FlopCounterMode(display=False) as counter:
                         run()
                     flops = counter.get_total_flops() / count
-                operations = count_operations(run) / count if version != "compiled" else None
+                operations = count_operations(run) / count
                 ratio = statistics.median(a / b for a, b in zip(next(iter(times.values())), times[version]))
                 seconds = statistics.median(times[version]) / count
                 row = dict(operations=operations, ratio=ratio, gib=gib[version])
                 if flops is not None:
-                    floor = max(flops / self.rates[0], traffic / self.rates[1])
-                    row |= dict(gflop=flops / 1e9, mb=traffic / 1e6, share=floor / seconds)
+                    row["share"] = max(flops / self.rates[0], traffic / self.rates[1]) / seconds
                 self.tell(label, what, version, seconds, **row)
 
     def tell(self, label: str, what: str, version: str, seconds: float, **numbers: float | None) -> None:
-        numbers |= dict(ms=1e3 * seconds, per_s=1 / seconds)
+        numbers["ms"] = 1e3 * seconds
         cells = ["" if numbers.get(name) is None else f"{numbers[name]:.4g}" for name in COLUMNS[3:]]
         self.rows.append([label, what, version, *cells])
         print(f"{f'{label}: {what}, {version}':60s}" + "".join(f"{cell:>11s}" for cell in cells), flush=True)
 
 
-def acting(module, args, env, policy: torch.nn.Module) -> Steps:
+def acting(module, args, env, policy: torch.nn.Module) -> dict[str, Step]:
     """A decision of all agents, one and 256 at once, from observations on the host to actions on the host."""
     act = lambda n: partial(module.make_act(policy, args), np.zeros((n, *env.obs_mask.shape), np.float32))
     return {f"act in {n}": Step(act(n), 4 * weights(policy)) for n in (1, 256)}
 
 
-def omad_steps(env, args: omad.Args, device: torch.device) -> Steps:
+def omad_steps(env, args: omad.Args, device: torch.device) -> dict[str, Step]:
     """Updates on a replay of random transitions, and acting."""
     agent, replay, f = omad.OMAD(env, args, device), omad.Replay(env, 10_000, device), args.policy_frequency
     replay.table.normal_()[:, -1] = 0  # nothing terminates
@@ -188,7 +173,7 @@ def omad_steps(env, args: omad.Args, device: torch.device) -> Steps:
     }
 
 
-def dom2_steps(env, args: dom2.Args, device: torch.device) -> Steps:
+def dom2_steps(env, args: dom2.Args, device: torch.device) -> dict[str, Step]:
     """Updates on random transitions in the place of data, and acting."""
     (n, o), a, count, rng = env.obs_mask.shape, env.action_mask.shape[1], 10_000, np.random.default_rng(0)
     normal = lambda *shape: rng.standard_normal((count, n, *shape), np.float32)
@@ -214,8 +199,7 @@ def measure(bench: Bench, options: Options, program: str) -> None:
     """The tables of one program."""
     module, steps, chosen, length, kinds = PROGRAMS[program]
     task, device, modes = getattr(options, chosen), bench.device, {"eager": dict(cuda_graph=False)}
-    on_gpu = {"graph": dict(cuda_graph=True), "graph+compiled": dict(cuda_graph=True, compile=True)}
-    modes |= on_gpu if bench.cuda else {"compiled": dict(compile=True)} if options.compile else {}
+    modes |= {"graph": {}, "graph+compiled": dict(compile=True)} if bench.cuda else {}
     args = module.preset(task)
     env = make_env(task if program == "omad" else find_env_id(task), args.observation)
     if "update" in options.tables:
@@ -232,29 +216,12 @@ def measure(bench: Bench, options: Options, program: str) -> None:
         if "growth" in options.tables:
             build = partial(steps, args=replace(args, **modes[mode]), device=device)
             bench.compare(f"{program} growth", {f"{mode} N = {n}": partial(build, team(n)) for n in options.agents})
-    if options.end_to_end:
-        flags = f"--{chosen.replace('_', '-')} {task} --device {options.device} --torch-threads {options.torch_threads}"
-        flags += " --learning-starts 1000 --total-timesteps" if program == "omad" else " --total-updates"
-        flags += f" {2 * options.end_to_end} --eval-every {options.end_to_end} --eval-episodes 1"
-        times = {mode: end_to_end(program, mode, flags) for mode in modes}
-        for mode, seconds in times.items():
-            bench.tell(f"{program} {task}", "end to end", mode, seconds, ratio=times["eager"] / seconds)
 
 
 def team(n: int) -> SimpleNamespace:
     """N agents with 18 observations and 2 actions each."""
     masks = dict(obs_mask=np.ones((n, 18), bool), action_mask=np.ones((n, 2), bool))
     return SimpleNamespace(**masks, obs_sizes=[18] * n, action_sizes=[2] * n, state_size=18 * n, num_agents=n)
-
-
-def end_to_end(program: str, mode: str, flags: str) -> float:
-    """Seconds per step of the program itself between its last two evaluations (one episode, whose time is counted)."""
-    flags += " --no-cuda-graph" * ("graph" not in mode) + " --compile" * ("compiled" in mode)
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(ROOT / f"{program}.py"), *flags.split(), "--run-dir", folder]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        before, last = list(csv.DictReader(next(Path(folder).glob("*/eval.csv")).open()))[-2:]
-    return (float(last["wall_time_s"]) - float(before["wall_time_s"])) / (int(last["step"]) - int(before["step"]))
 
 
 def main(argv: list[str] | None = None) -> None:

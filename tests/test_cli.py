@@ -88,8 +88,8 @@ def test_tensorboard_has_every_evaluation_and_the_glossary_every_scalar(program)
     events = EventAccumulator(str(program.whole)).Reload()
     written = set(events.Tags()["scalars"])
     assert {tag.split("/")[0] for tag in written} == {"charts", "losses", "diag", "eval"} and len(written) >= 13
-    readme = (ROOT / "README.md").read_text()
-    assert [tag for tag in sorted(written) if f"`{tag}`" not in readme] == []
+    glossary = (ROOT / "runs" / f"{program.name}.md").read_text()
+    assert [tag for tag in sorted(written) if f"`{tag}`" not in glossary] == []
     for column in ("return_mean", "return_std", "normalized_score") if program.name == "dom2" else ("return_mean",):
         curve = {event.step: event.value for event in events.Scalars(f"eval/{column}")}
         want = {int(row["step"]): float(row[column]) for row in rows(program.whole)}
@@ -221,7 +221,11 @@ def test_a_run_that_has_lost_its_checkpoint_is_not_run_over(program):
 
 @pytest.mark.parametrize(
     "path",
-    ["omad_gaussian/*__1__*", "omad_batch_128/*__1__*", "offline/omar_simple_spread-medium/dom2/*__1__*"],
+    [
+        "spread/mpe_simple_spread/gaussian/*__1__*",
+        "robots/mamujoco_walker2d_2x3/diffusion/*__1__*",
+        "offline/omar_simple_spread-medium/dom2/*__1__*",
+    ],
 )
 def test_committed_results_are_not_run_over(path, tmp_path, capsys):
     """They have neither checkpoint.pt nor policy.pt. Today's flags or yesterday's: nothing there is touched."""

@@ -1,9 +1,7 @@
-"""runs/coverage.py, and the positions that training records for it."""
+"""Where robots have been: what training records, and the bins of the report."""
 
-import json
 import sys
 import tracemalloc
-from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -14,59 +12,20 @@ from common.envs import RecordPositions, make_env, make_vec
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "runs"))
-import coverage as coverage_script
+import report
 
 
-def make_run(folder: Path, xy, seed=1) -> Path:
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"args": {"env_id": "mamujoco_ant_2x4", "policy": "diffusion", "seed": seed}}))
-    np.save(folder / "torso_xy.npy", np.asarray(xy, np.float32))
-    return folder
-
-
-def run_script(monkeypatch, *argv):
-    monkeypatch.setattr(sys, "argv", ["coverage.py", *map(str, argv)])
-    coverage_script.main()
-
-
-def test_bins_counts_and_shares(tmp_path, monkeypatch, capsys):
-    one = make_run(
-        tmp_path / "one", [[0.1, 0.1], [0.9, 0.9], [-0.1, 0.1], [np.nan, np.nan], [1.5, 0.2], [9.0, 9.0]]
-    )  # 3 in five steps
-    two = make_run(tmp_path / "two", [[0.1, 0.1], [5.5, 5.5]], seed=2)  # one of them shared
-    run_script(monkeypatch, one, two, "--steps", 5, "--picture", tmp_path / "map.png")
-    out, err = capsys.readouterr()
-    assert "union of the 2 runs: 4 bins" in out and "bins of 1 m x 1 m" in out
-    assert "     3 bins  75.0 %" in out and "     2 bins  50.0 %" in out
-    assert "two has the positions of 2 steps only" in err and "one has the positions of 4 steps only" in err
-    assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
-    bins, counts = coverage_script.visited(np.array([[0.1, 0.1], [0.9, 0.9], [-0.1, 0.1]]), 1.0)
-    assert bins.tolist() == [[-1, 0], [0, 0]] and counts.tolist() == [1, 2]
-    assert len(coverage_script.visited(np.array([[0.1, 0.1], [0.9, 0.9]]), 0.5)[0]) == 2
-
-
-@pytest.mark.parametrize("damage", ["missing", "pickle", "shape", "config"])
-def test_runs_without_positions_are_one_line(tmp_path, monkeypatch, damage):
-    run = make_run(tmp_path / "run", [[0.0, 0.0]])
-    if damage == "missing":
-        (run / "torso_xy.npy").unlink()
-    elif damage == "pickle":
-        np.save(run / "torso_xy.npy", np.array([{}], object), allow_pickle=True)
-    elif damage == "shape":
-        np.save(run / "torso_xy.npy", np.zeros((4, 3)))
-    else:
-        (run / "config.json").unlink()
-    with pytest.raises(SystemExit) as stop:
-        run_script(monkeypatch, run, "--picture", tmp_path / "map.png")
-    assert str(run) in str(stop.value.code) and "\n" not in str(stop.value.code) and not (tmp_path / "map.png").exists()
-
-
-@pytest.mark.parametrize("flags", [(), ("RUN", "--bin-size", 0), ("RUN", "--steps", -5), ("RUN", "--picture", "/nowhere/map.png")])
-def test_bad_flags_are_one_line(tmp_path, monkeypatch, flags):
-    run = make_run(tmp_path / "run", [[0.0, 0.0]])
-    with pytest.raises(SystemExit) as stop:
-        run_script(monkeypatch, *(run if flag == "RUN" else flag for flag in flags))
-    assert str(stop.value.code).startswith("coverage.py: error: ") and "\n" not in str(stop.value.code)
+def test_bins_that_the_torso_visited(tmp_path, monkeypatch):
+    """Square ones, of the first steps; below zero too."""
+    run = tmp_path / "robots" / report.ANT / "gaussian" / "run"
+    run.mkdir(parents=True)
+    np.save(run / "torso_xy.npy", np.array([[0.1, 0.9], [-0.1, 0.9], [-0.9, 0.1], [1.5, 0.5], [9.0, 9.0]], np.float32))
+    found = report.Result("run", {"args": {"seed": 1}}, {}, {})
+    monkeypatch.setattr(report, "read", lambda experiment, on, policy: [found] if policy == "gaussian" else [])
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    ((_, policy, bins, counts),) = report.visited(steps=4)
+    assert policy == "gaussian" and bins.tolist() == [[-1, 0], [0, 0], [1, 0]] and counts.tolist() == [2, 1, 1]
+    assert "| Gaussian ablation | 1 | 5 | 4 | 100% |" in report.coverage()
 
 
 def test_positions_take_the_memory_of_the_steps_taken():

@@ -13,6 +13,7 @@ import sys
 import time
 
 import behaviour
+import cards
 import collect
 import convert
 import gymnasium as gym
@@ -103,7 +104,9 @@ def test_a_data_set_is_laid_out_like_omars(made):
     cheetah = made("omar_halfcheetah_2x3-random", 2000)
     files = arrays(cheetah)
     assert cheetah.parts[-3] == "HalfCheetah-v2" and files["states_1"].shape == (2000, 17)
-    assert [np.flatnonzero(files[f"dones_{i}"]).tolist() for i in range(2)] == [[999, 1999]] * 2  # as OMAR's, which readers rely on
+    assert [np.flatnonzero(files[f"dones_{i}"]).tolist() for i in range(2)] == [
+        [999, 1999]
+    ] * 2  # as OMAR's, which readers rely on
     for kind in ("states", "next_states", "rews"):
         np.testing.assert_array_equal(files[f"{kind}_0"], files[f"{kind}_1"])
     for kind in ("", "next_"):  # to the very end of an episode: foot, shin and thigh of each half
@@ -197,7 +200,9 @@ def test_mixed_splits_are_the_first_halves_of_two(made):
         arrays(made(f"omar_simple_spread-{split}", n))
         for split, n in (("random-medium", 1000), ("random", 1000), ("medium", 1000), ("expert", 1000))
     )
-    random, medium, expert = ({name: array[:500] for name, array in files.items()} for files in (random, medium, expert))
+    random, medium, expert = (
+        {name: array[:500] for name, array in files.items()} for files in (random, medium, expert)
+    )
     np.testing.assert_array_equal(mixed["acs_1"][:500], random["acs_1"])
     np.testing.assert_array_equal(mixed["acs_1"][500:], medium["acs_1"])
     assert not np.array_equal(medium["acs_1"], expert["acs_1"])
@@ -300,7 +305,9 @@ def test_an_interrupted_command_goes_on_where_it_was(place, made, policies, tmp_
     with pytest.raises(BadInput, match="rows that were never filled"):
         load_dataset(part)
     steps, play = [], collect.Recorder.step
-    monkeypatch.setattr(collect.Recorder, "step", lambda self, actions: steps.append(self.num_envs) or play(self, actions))
+    monkeypatch.setattr(
+        collect.Recorder, "step", lambda self, actions: steps.append(self.num_envs) or play(self, actions)
+    )
     capsys.readouterr()
     folder = collect.collect(options)
     assert "going on" in capsys.readouterr().out and 0 < sum(steps) < rows  # not all over again
@@ -352,7 +359,10 @@ def test_a_disk_that_is_too_small_says_so_at_once_and_stays_as_it_was(tmp_path, 
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     argv = ["--dataset", "omar_simple_spread-random", "--out", tmp_path]
-    assert called(collect, monkeypatch, capsys, *argv)[::2] == (3, "collect.py: failed: [Errno 28] No space left on device\n")
+    assert called(collect, monkeypatch, capsys, *argv)[::2] == (
+        3,
+        "collect.py: failed: [Errno 28] No space left on device\n",
+    )
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
@@ -410,7 +420,9 @@ def test_a_data_set_begun_with_other_versions_is_not_gone_on_with(policies, tmp_
 def test_a_killed_process_loses_nothing(made, tmp_path):
     code = "import collect, sys; collect.SAVE_EVERY, collect.CHUNK = 0.0, 1000; sys.exit(collect.main())"
     command = [sys.executable, "-c", code, "--dataset", "omar_simple_world-random", "--transitions", "10000"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "datasets"), os.environ.get("PYTHONPATH", "")])}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "datasets"), os.environ.get("PYTHONPATH", "")])
+    }
     process = subprocess.Popen([*command, "--out", str(tmp_path)], stdout=subprocess.DEVNULL, env=environment)
     part = tmp_path / "simple_world/random/.seed_0_data.unfinished/progress.json"
     deadline = time.time() + 120
@@ -430,7 +442,9 @@ def test_runs_whose_evaluations_cut_episodes_are_not_recorded(policies, tmp_path
     about["args"]["eval_every"] = 150
     path.write_text(json.dumps(about))
     with pytest.raises(BadInput, match="cannot be recorded: eval_every is no multiple of 100"):
-        collect.collect(collect.Options("omar_simple_spread-medium-replay", out=tmp_path, policies=tmp_path / "policies"))
+        collect.collect(
+            collect.Options("omar_simple_spread-medium-replay", out=tmp_path, policies=tmp_path / "policies")
+        )
     assert not (tmp_path / "simple_spread").exists()
     files, _, _ = layout("omar_simple_spread")
     writer = collect.Writer(tmp_path / "x", "omar_simple_spread", files, 100, {})
@@ -451,12 +465,19 @@ def test_the_card(made, policies):
     assert (card["task"], card["split"], card["seed"], card["transitions"], card["episodes"]) == (
         "omar_simple_spread", "medium-expert", 2, 1000, 40
     )  # fmt: skip
-    assert [part["level"] for part in card["behaviour"]] == ["medium", "expert"] and sum(card["histogram"]["counts"]) == 40
-    assert card["behaviour"][0]["policy"]["command"] == "python omad.py" and card["packages"]["torch"] == torch.__version__
+    assert [part["level"] for part in card["behaviour"]] == ["medium", "expert"] and sum(
+        card["histogram"]["counts"]
+    ) == 40
+    assert (
+        card["behaviour"][0]["policy"]["command"] == "python omad.py" and card["packages"]["torch"] == torch.__version__
+    )
     assert card["files"]["acs_2.npy"] == hashlib.sha256((folder / "acs_2.npy").read_bytes()).hexdigest()
     assert card["git_revision"] and [part["episodes"] for part in card["behaviour"]] == [20, 20]
     medium = (policies / "omar_simple_spread-medium.pt").read_bytes()
-    assert card["behaviour"][0]["policy"]["sha256"] == hashlib.sha256(medium).hexdigest() and "--policies" in card["command"]
+    assert (
+        card["behaviour"][0]["policy"]["sha256"] == hashlib.sha256(medium).hexdigest()
+        and "--policies" in card["command"]
+    )
     assert card["dones"].startswith("0 throughout") and card["command"].startswith(
         "python datasets/collect.py --dataset omar_simple_spread-medium"
     )
@@ -545,7 +566,10 @@ def test_data_that_are_not_there_are_made(made, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(subprocess, "run", run)
     data = open_dataset("omar_simple_spread-random", 0.5, seed=1)
-    assert len(data.returns) == 20 and "data      omar_simple_spread-random is not there yet: making it" in capsys.readouterr().out
+    assert (
+        len(data.returns) == 20
+        and "data      omar_simple_spread-random is not there yet: making it" in capsys.readouterr().out
+    )
     script = str(ROOT / "datasets/collect.py")
     assert commands == [[script, "--dataset", "omar_simple_spread-random", "--seed", "0"]]
     assert open_dataset(folder).folder == folder and open_dataset("omar_simple_spread-random").checksum != data.checksum
@@ -771,7 +795,10 @@ def exchanged_later(folder):
     for kind in ("obs", "next_obs"):
         one, two = (np.load(folder / f"{kind}_{i}.npy") for i in range(2))
         later = np.arange(len(one))[:, None] >= 1000
-        np.save(folder / f"{kind}_0.npy", np.where(later, two, one)), np.save(folder / f"{kind}_1.npy", np.where(later, one, two))
+        (
+            np.save(folder / f"{kind}_0.npy", np.where(later, two, one)),
+            np.save(folder / f"{kind}_1.npy", np.where(later, one, two)),
+        )
 
 
 def first_for_last(folder):
@@ -822,7 +849,9 @@ def test_subtle_damage_is_named(kind, made, tmp_path):
     with pytest.raises(BadInput) as caught:
         load_dataset(str(folder))
     message = str(caught.value)
-    assert all(word in message for word in words) and str(folder) in message and "get the data again" in message, message
+    assert all(word in message for word in words) and str(folder) in message and "get the data again" in message, (
+        message
+    )
 
 
 def played(scenario, act, tmp_path, episodes=40):
@@ -840,7 +869,9 @@ def played(scenario, act, tmp_path, episodes=40):
 
 
 def test_without_a_card_every_episode_is_looked_at(made, tmp_path):
-    folder = foreign(made("omar_simple_spread-random", 50_000), tmp_path)  # 2000 episodes; with a card, 200 would be enough
+    folder = foreign(
+        made("omar_simple_spread-random", 50_000), tmp_path
+    )  # 2000 episodes; with a card, 200 would be enough
     load_dataset(folder)
     put("rews_2", 33_333, 200.0)(folder)
     with pytest.raises(BadInput, match="rews_2.npy, row 33,333: not the reward of omar_simple_spread"):
@@ -857,7 +888,9 @@ def test_agents_that_stand_still_or_do_the_same_are_no_damage(tmp_path):
     def all_chase(obs, generator):
         return np.clip(10 * obs[:, :, 12:14], -1, 1)
 
-    for k, (scenario, act) in enumerate([("simple_spread", one_stands), ("simple_spread", all_meet), ("simple_tag", all_chase)]):
+    for k, (scenario, act) in enumerate(
+        [("simple_spread", one_stands), ("simple_spread", all_meet), ("simple_tag", all_chase)]
+    ):
         folder = played(scenario, act, tmp_path / str(k))
         assert len(load_dataset(str(folder)).returns) == 40
         if act is all_chase:  # three that run after one do nearly the same; still, whose actions are whose can be told
@@ -867,7 +900,10 @@ def test_agents_that_stand_still_or_do_the_same_are_no_damage(tmp_path):
 
 
 def test_what_the_card_lists_must_be_there(made, tmp_path):
-    for name, rows, gone in (("omar_simple_tag-random", 500, "*_3.npy"), ("omar_halfcheetah_2x3-random", 2000, "*states_*.npy")):
+    for name, rows, gone in (
+        ("omar_simple_tag-random", 500, "*_3.npy"),
+        ("omar_halfcheetah_2x3-random", 2000, "*states_*.npy"),
+    ):
         shutil.copytree(made(name, rows), tmp_path / name)
         for path in (tmp_path / name).glob(gone):
             path.unlink()
@@ -912,7 +948,10 @@ def test_end_marks_at_the_time_limit_are_no_falls(tmp_path):
     dones = np.zeros(1500, np.uint8)
     dones[[999, 1299]] = 1
     for i in range(2):
-        np.save(folder / f"obs_{i}.npy", obs), np.save(folder / f"next_obs_{i}.npy", np.vstack([obs[1:], obs[:1]]) + 0.0 * obs)
+        (
+            np.save(folder / f"obs_{i}.npy", obs),
+            np.save(folder / f"next_obs_{i}.npy", np.vstack([obs[1:], obs[:1]]) + 0.0 * obs),
+        )
         np.save(folder / f"acs_{i}.npy", rng.uniform(-1, 1, (1500, 4))), np.save(folder / f"dones_{i}.npy", dones)
         np.save(folder / f"rews_{i}.npy", obs[:, 0])
     with pytest.raises(BadInput, match="row 1,299: marks a fall, but the episode goes on in the next row"):
@@ -920,7 +959,10 @@ def test_end_marks_at_the_time_limit_are_no_falls(tmp_path):
     for i in range(2):
         change(f"next_obs_{i}", lambda a: np.where(np.arange(1500)[:, None] == 1299, 5.0, a).astype(np.float32))(folder)
     data = load_dataset(folder, env_id="mamujoco_ant_2x4")
-    assert np.flatnonzero(data.terminations).tolist() == [1299] and np.flatnonzero(data.truncations).tolist() == [999, 1499]
+    assert np.flatnonzero(data.terminations).tolist() == [1299] and np.flatnonzero(data.truncations).tolist() == [
+        999,
+        1499,
+    ]
     part = load_dataset(folder, 0.67, seed=1, env_id="mamujoco_ant_2x4")  # two of three episodes, of different lengths
     lengths = np.diff(part.episodes, axis=1)[:, 0]
     assert len(part.obs) == lengths.sum() and set(lengths) < {1000, 300, 200} and part.episodes[0, 0] == 0
@@ -1024,7 +1066,9 @@ def test_episodes_that_can_end_early():
 
 # --- formats of others ---
 
-needs_tensorstore = pytest.mark.skipif(not importlib.util.find_spec("tensorstore"), reason="needs the package tensorstore")
+needs_tensorstore = pytest.mark.skipif(
+    not importlib.util.find_spec("tensorstore"), reason="needs the package tensorstore"
+)
 
 
 def converted(monkeypatch, capsys, *argv):
@@ -1039,7 +1083,10 @@ def test_to_a_vault_and_back(name, rows, made, tmp_path, monkeypatch, capsys):
     metadata = json.loads((vault / "metadata.json").read_bytes())
     obs, _ = layout(name.partition("-")[0])[:2]
     agents = {"omar_simple_spread": 3, "omar_simple_tag": 4, "omar_halfcheetah_2x3": 2}[name.partition("-")[0]]
-    assert metadata["structure_shape"]["observations"] == str((1, rows, agents, obs["obs_0"][0])) and metadata["version"] == 1.2
+    assert (
+        metadata["structure_shape"]["observations"] == str((1, rows, agents, obs["obs_0"][0]))
+        and metadata["version"] == 1.2
+    )
     assert metadata["structure_dtype"]["terminals"] == "bool" and "state" in metadata["structure_shape"]["infos"]
 
     def theirs(name):  # the specification with which flashbax opens an array
@@ -1048,7 +1095,11 @@ def test_to_a_vault_and_back(name, rows, made, tmp_path, monkeypatch, capsys):
         kvstore = {"driver": "ocdbt", "base": f"file://{vault}", "path": name}
         return tensorstore.open({"driver": "zarr", "kvstore": kvstore, "metadata": {}}).result()
 
-    assert theirs("vault_index").read().result().tolist() == [rows] and theirs("actions.").shape[:3] == (1, 10**13, agents)
+    assert theirs("vault_index").read().result().tolist() == [rows] and theirs("actions.").shape[:3] == (
+        1,
+        10**13,
+        agents,
+    )
     seen = theirs("observations.")[0, :rows].read().result()
     horizon = 1000 if "cheetah" in name else 25
     for marks in (theirs("terminals."), theirs("truncations.")):
@@ -1063,7 +1114,9 @@ def test_to_a_vault_and_back(name, rows, made, tmp_path, monkeypatch, capsys):
     )
     if agents == 4:
         assert np.isneginf(seen[:, 3, 14:]).all()  # the prey sees less
-    assert converted(monkeypatch, capsys, "from-vault", vault, "--env-id", name.partition("-")[0], "--out", back)[0] == 0
+    assert (
+        converted(monkeypatch, capsys, "from-vault", vault, "--env-id", name.partition("-")[0], "--out", back)[0] == 0
+    )
     before, after = arrays(folder), arrays(back)
     assert set(before) == set(after)
     horizon = 1000 if "cheetah" in name else 25
@@ -1076,7 +1129,9 @@ def test_to_a_vault_and_back(name, rows, made, tmp_path, monkeypatch, capsys):
             np.testing.assert_array_equal(after[key], array)
     data = load_dataset(str(back))
     np.testing.assert_array_equal(data.next_known, ~last)
-    code, _, err = converted(monkeypatch, capsys, "from-vault", vault, "--env-id", "omar_simple_world", "--out", tmp_path / "wrong")
+    code, _, err = converted(
+        monkeypatch, capsys, "from-vault", vault, "--env-id", "omar_simple_world", "--out", tmp_path / "wrong"
+    )
     assert code == 2 and len(err.splitlines()) == 1 and not (tmp_path / "wrong").exists()
 
 
@@ -1103,7 +1158,9 @@ def test_other_vaults(made, tmp_path, monkeypatch, capsys):
             index = convert.store(vault, "vault_index", shape=(1,), dtype="int32", create=True, delete_existing=True)
             index.write(np.array([count], np.int32)).result()
             out = tmp_path / f"{kind}-{count}"
-            code, told, err = converted(monkeypatch, capsys, "from-vault", vault, "--env-id", "omar_halfcheetah_2x3", "--out", out)
+            code, told, err = converted(
+                monkeypatch, capsys, "from-vault", vault, "--env-id", "omar_halfcheetah_2x3", "--out", out
+            )
             if count:
                 assert code == 0 and ("left out: states, which differ from agent to agent" in told) != same, err
                 assert (load_dataset(out).state is not None) == same
@@ -1117,7 +1174,11 @@ def test_without_tensorstore_vaults_are_refused_in_one_line(made, tmp_path, monk
     (tmp_path / "metadata.json").write_text('{"version": 1.2, "structure_shape": {}}')
     for argv in (["to-vault", folder], ["from-vault", tmp_path, "--env-id", "omar_simple_spread"]):
         code, out, err = converted(monkeypatch, capsys, *argv, "--out", tmp_path / "new")
-        assert code == 2 and err == "convert.py: error: vaults need the package tensorstore: pip install tensorstore\n" and not out
+        assert (
+            code == 2
+            and err == "convert.py: error: vaults need the package tensorstore: pip install tensorstore\n"
+            and not out
+        )
     assert not (tmp_path / "new").exists()
 
 
@@ -1136,7 +1197,9 @@ def test_what_is_no_vault_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
 def madiff(folder, lengths, agents=2, size=13, actions=3):
     """Data as MADiff keeps them."""
     rows, rng = sum(lengths), np.random.default_rng(0)
-    obs = np.concatenate([np.tile(np.eye(agents), (rows, 1, 1)), rng.normal(size=(rows, agents, size))], 2).astype(np.float32)
+    obs = np.concatenate([np.tile(np.eye(agents), (rows, 1, 1)), rng.normal(size=(rows, agents, size))], 2).astype(
+        np.float32
+    )
     folder.mkdir(exist_ok=True)
     np.save(folder / "obs.npy", obs), np.save(folder / "path_lengths.npy", np.array(lengths))
     np.save(folder / "actions.npy", rng.uniform(-1, 1, (rows, agents, actions)).astype(np.float32))
@@ -1155,7 +1218,10 @@ def test_from_madiff(tmp_path, monkeypatch, capsys):
     np.testing.assert_array_equal(np.asarray(data.obs), obs[:, :, 2:])
     np.testing.assert_array_equal(data.actions[:], np.load(tmp_path / "theirs/actions.npy"))
     np.testing.assert_array_equal(data.rewards[:], np.load(tmp_path / "theirs/rewards.npy")[:, :, 0])
-    assert data.episodes.tolist() == [[0, 1000], [1000, 2000]] and np.flatnonzero(~data.next_known).tolist() == [999, 1999]
+    assert data.episodes.tolist() == [[0, 1000], [1000, 2000]] and np.flatnonzero(~data.next_known).tolist() == [
+        999,
+        1999,
+    ]
     madiff(tmp_path / "ants", [1000, 37, 411], actions=4)  # an ant can fall
     code, _, err = converted(
         monkeypatch, capsys, "from-madiff", tmp_path / "ants", "--env-id", "mamujoco_ant_2x4", "--out", tmp_path / "ant"
@@ -1163,7 +1229,9 @@ def test_from_madiff(tmp_path, monkeypatch, capsys):
     assert code == 0, err
     data = load_dataset(str(tmp_path / "ant"))
     assert data.episodes.tolist() == [[0, 1000], [1000, 1037], [1037, 1448]]
-    assert np.flatnonzero(data.terminations).tolist() == [1036, 1447] and np.flatnonzero(data.truncations).tolist() == [999]
+    assert np.flatnonzero(data.terminations).tolist() == [1036, 1447] and np.flatnonzero(data.truncations).tolist() == [
+        999
+    ]
     assert np.flatnonzero(~data.next_known).tolist() == [999]  # after a fall nobody needs it
 
 
@@ -1178,7 +1246,11 @@ def test_from_madiff(tmp_path, monkeypatch, capsys):
         ([1000, 0], {}, "path_lengths.npy: not the lengths"),
         ([1000], dict(damage="reward"), "reward of agent 1 in row 9 is not finite"),
         ([1000], dict(damage="flat"), "do not belong together"),
-        ([1000], dict(damage="unshared"), "rews_1.npy, row 9: not as for agent 0"),  # found by the loader, when all is written
+        (
+            [1000],
+            dict(damage="unshared"),
+            "rews_1.npy, row 9: not as for agent 0",
+        ),  # found by the loader, when all is written
         ([1000], dict(damage="one-hot"), "do not begin with the agent's number"),
         ([1000], dict(damage="nan"), "obs_1.npy, row 70, number 3: nan is not finite"),
         ([1000], dict(damage="missing"), "actions.npy: missing"),
@@ -1203,7 +1275,13 @@ def test_bad_files_of_madiff_are_refused_in_one_line(lengths, extra, reason, tmp
     code, _, err = converted(
         monkeypatch, capsys, "from-madiff", folder, "--env-id", "mamujoco_halfcheetah_2x3", "--out", tmp_path / "new"
     )
-    assert code == 2 and reason in err and str(folder) in err and len(err.splitlines()) == 1 and not [*tmp_path.glob("*new*")]
+    assert (
+        code == 2
+        and reason in err
+        and str(folder) in err
+        and len(err.splitlines()) == 1
+        and not [*tmp_path.glob("*new*")]
+    )
     assert str(tmp_path / "new") not in err  # which is gone again
 
 
@@ -1231,89 +1309,28 @@ def test_an_interrupted_vault_can_be_made_again(made, tmp_path, monkeypatch, cap
     assert code == 2 and "but the vaults Random: give one" in err
 
 
-# --- the report ---
+# --- the cards ---
 
 
-def test_the_report_is_made_of_cards(made, tmp_path, monkeypatch, capsys):
-    import report
-
-    root = tmp_path / "data"
+def test_tables_are_made_of_cards(made, tmp_path, monkeypatch, capsys):
+    root, here = tmp_path / "data", tmp_path / "datasets"
     for name in ("omar_simple_spread-random", "omar_simple_spread-medium-replay"):
         shutil.copytree(made(name, 800).parents[2], root, dirs_exist_ok=True)
-    here = tmp_path / "here"
-    here.mkdir()
-    (begin, end), (first, last) = report.TABLES.values()
-    (here / "README.md").write_text(f"before\n{begin}\nold\n{end}\nbetween\n{first}\n{last}\nafter\n")
-    shutil.copytree(ROOT / "datasets/policies", here / "policies")
-    monkeypatch.setattr(report, "HERE", here)
-    monkeypatch.setattr(sys, "argv", ["report.py"])
-    report.main()
-    assert "no cards" in capsys.readouterr().out
-    card_path = root / "simple_spread/random/seed_0_data/card.json"
-    card = json.loads(card_path.read_bytes())
-    card_path.write_text(json.dumps(card | {"transitions": 10**6}))  # as if it were whole
-    monkeypatch.setattr(sys, "argv", ["report.py", "--data", str(root)])
-    report.main()
-    text, out = (here / "README.md").read_text(), capsys.readouterr().out
-    assert text.startswith("before\n") and text.endswith("after\n") and "\nbetween\n" in text and "old" not in text
-    assert "| `omar_simple_spread-expert` | 538 ± 65 |" in text and "`python omad.py --env-id omar_simple_spread --seed 1" in text
-    assert "| `omar_simple_spread-random` | 1,000,000 |" in text and "| 160 ± 60 | 1,000,000 |" in text
-    assert "`omar_simple_spread-medium-replay` | 800" in text and "2 data sets" in out
-    assert (here / "returns.png").stat().st_size > 5000
-
-
-# --- behaviour policies ---
-
-
-def parsed(command):
-    """The arguments in a command line of omad.py."""
-    words = command.split()[2:]
-    return tyro.cli(omad.Args, args=words, default=omad.preset(words[1]))
-
-
-def test_a_run_becomes_a_behaviour_policy(tmp_path, monkeypatch, capsys):
-    args = dataclasses.replace(omad.preset("omar_simple_tag"), run_dir=str(tmp_path / "runs"), seed=4, **TINY)
-    omad.train(args)
-    (run,) = (tmp_path / "runs").iterdir()
-    argv = [run, "--level", "medium", "--episodes", "20", "--out", tmp_path]
-    code, out, err = called(behaviour, monkeypatch, capsys, *argv)
-    assert code == 0 and "over 20 episodes" in out, err
-    policy, about = behaviour.load_behaviour("omar_simple_tag", "medium", tmp_path)
-    saved = omad.load_policy(run / "policy.pt")[0].state_dict()
-    assert all(torch.equal(value, saved[name]) for name, value in policy.state_dict().items())
-    assert (about["seed"], about["steps"], about["return"]["episodes"]) == (4, 800, 20)
-    words = about["command"]
-    assert "--total-timesteps 800" in words and "--policy-hidden 16" in words and "--run-dir" not in words
-    assert "--gamma" not in words and parsed(words) == dataclasses.replace(args, run_dir="runs")  # the command is the run
-    torch.manual_seed(2000)
-    returns = behaviour.play(omad.make_act(policy), make_vec("omar_simple_tag", 20), mix_seed(2000, 0))
-    assert returns.mean() == pytest.approx(about["return"]["mean"], abs=0.01)
-    code, _, err = called(behaviour, monkeypatch, capsys, tmp_path)
-    assert code == 2 and "no policy.pt there" in err
-
-
-@pytest.mark.parametrize("level", ["medium", "expert"])
-@pytest.mark.parametrize("env_id", FOLDERS)
-def test_the_committed_policies_score_what_their_cards_say(env_id, level):
-    """Over 300 episodes (HalfCheetah: 2) within four standard errors."""
-    policy, about = behaviour.load_behaviour(env_id, level)
-    envs = make_vec(env_id, 2 if "cheetah" in env_id else 300)
-    torch.manual_seed(5)
-    returns, said = behaviour.play(omad.make_act(policy), envs, 123456), about["return"]
-    assert abs(returns.mean() - said["mean"]) < 4 * said["std"] / len(returns) ** 0.5
-    assert parsed(about["command"]) == about["args"]  # the command is the run
-
-
-def test_bad_behaviour_policies_are_refused(policies, tmp_path):
-    for path in policies.iterdir():
-        shutil.copy(path, tmp_path)
-    name = tmp_path / "omar_simple_spread-medium"
-    behaviour.load_behaviour("omar_simple_spread", "medium", tmp_path)
-    name.with_suffix(".pt").write_bytes(b"")
-    with pytest.raises(BadInput, match="no behaviour policy of this version"):
-        behaviour.load_behaviour("omar_simple_spread", "medium", tmp_path)
-    name.with_suffix(".json").write_text(name.with_suffix(".json").read_text().replace(behaviour.FORMAT, "other-9"))
-    with pytest.raises(BadInput, match="other-9"):
-        behaviour.load_behaviour("omar_simple_spread", "medium", tmp_path)
-    with pytest.raises(BadInput, match="no such behaviour policy"):
-        behaviour.load_behaviour("omar_simple_world", "medium", tmp_path)
+    (here / "cards").mkdir(parents=True)
+    monkeypatch.setattr(cards, "HERE", here)
+    monkeypatch.setattr(sys, "argv", ["cards.py", "--data", str(root)])
+    capsys.readouterr()
+    cards.main()
+    names = ["omar_simple_spread-medium-replay", "omar_simple_spread-random"]
+    assert (
+        sorted(path.stem for path in (here / "cards").glob("*.json"))
+        == names
+        == sorted(capsys.readouterr().out.split())
+    )
+    card = json.loads((here / "cards" / "omar_simple_spread-random.json").read_text())
+    head, _, first, second = cards.dataset_table().splitlines()
+    cells = [cell.strip() for cell in first.split("|")[1:-1]]
+    assert cells[:2] == ["`omar_simple_spread-random`", "800"] and len(head.split("|")) == len(first.split("|"))
+    assert cells[2] == f"{card['return']['mean']:,.0f} ± {card['return']['std']:,.0f}" and cells[5] == "160 ± 60"
+    assert "medium-replay" in second and "97,500" in second
+    assert len(cards.draw().axes) == 24

@@ -47,7 +47,9 @@ def test_wrapper_equals_upstream(env_id, episodes):
             np.testing.assert_array_equal(info["state"], theirs.state())
             action = rng.uniform(-1, 1, ours.action_space.shape).astype(np.float32)
             bodies = theirs.unwrapped.world.agents
-            moves = {a: mpe_action(action[i], theirs.action_space(a), bodies[i].movable) for i, a in enumerate(ours.agents)}
+            moves = {
+                a: mpe_action(action[i], theirs.action_space(a), bodies[i].movable) for i, a in enumerate(ours.agents)
+            }
             want, rewards, _, truncations, _ = theirs.step(moves)
             obs, reward, terminated, truncated, info = ours.step(action)
             np.testing.assert_allclose(info["agent_rewards"], [rewards[a] for a in ours.agents], rtol=1e-6)
@@ -140,7 +142,9 @@ def test_positions_are_recorded_step_by_step():
 
 def test_videos_show_the_episodes_of_the_seeds(tmp_path, monkeypatch, capsys):
     seen = []
-    record_video(lambda obs: seen.append(obs.copy()) or np.zeros((1, 3, 2)), "mpe_simple_spread", tmp_path / "videos", 7)
+    record_video(
+        lambda obs: seen.append(obs.copy()) or np.zeros((1, 3, 2)), "mpe_simple_spread", tmp_path / "videos", 7
+    )
     assert len(list((tmp_path / "videos").glob("*.mp4"))) == 4 and len(seen) == 100
     for episode in range(4):
         np.testing.assert_array_equal(seen[25 * episode][0], make_env("mpe_simple_spread").reset(seed=7 + episode)[0])
@@ -152,6 +156,8 @@ def test_videos_show_the_episodes_of_the_seeds(tmp_path, monkeypatch, capsys):
 
 def test_versions_and_seeds():
     about = versions()
-    assert {"torch", "mpe2", "tyro", "tensorboard"} <= set(about["packages"]) and about["git_revision"] and about["python"]
+    assert (
+        {"torch", "mpe2", "tyro", "tensorboard"} <= set(about["packages"]) and about["git_revision"] and about["python"]
+    )
     seeds = {mix_seed(a, b) for a in range(30) for b in range(30)}
     assert len(seeds) == 900 and all(0 <= seed < 2**31 for seed in seeds)

@@ -1,6 +1,5 @@
 """OMAR's tasks: single steps worked out by hand, many copies against one, the prey, and the port against published figures."""
 
-import importlib.util
 import os
 import re
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import nn
 
 from common.envs import BadInput, find_task, make_env, make_vec
 from common.omar import PREY_SIZES, FilePrey, ParticleVec, ScriptedPrey
-from conftest import ROOT, SHORT, rows
+from conftest import SHORT, rows
 
 # Folder with simple_tag.pt and simple_world.pt: OMAR's pretrained_adv_model.pt of both tasks, under these names.
 PREY_FILES = Path(os.environ.get("OMAR_PREY", "no folder given"))
@@ -53,7 +52,10 @@ def states(vec):
 APART = [(0, 0), (5, 0), (0, 5), (9, 9)]
 
 
-PREDATOR, PREY = (0.075, True, 3.0, 1.0), {"simple_tag": (0.05, True, 4.0, 1.3), "simple_world": (0.045, True, 4.0, 1.3)}
+PREDATOR, PREY = (
+    (0.075, True, 3.0, 1.0),
+    {"simple_tag": (0.05, True, 4.0, 1.3), "simple_world": (0.045, True, 4.0, 1.3)},
+)
 ENTITIES = {  # size, whether it is solid, acceleration, greatest speed
     "simple_spread": [(0.15, True, None, None)] * 3 + [(0.05, False, None, None)] * 3,
     "simple_tag": [PREDATOR] * 3 + [PREY["simple_tag"]] + [(0.2, True, None, None)] * 2,
@@ -127,9 +129,16 @@ def test_rewards_of_spread_by_hand():
     vec = opened("simple_spread", [(0, 0), (2, 0), (0, 2)], landmarks=[(0, 0.04), (2, 0.5), (0, 3)])
     rewards = vec.step(np.zeros((1, 3, 2)))[4]["agent_rewards"]
     np.testing.assert_allclose(rewards, [[10 + 2 + 1] * 3], rtol=1e-6)  # 1 / 0.04 is cut to 10; the same for all
-    place(vec, [(0, 0), (0.29, 0), (0, 2)], landmarks=[(0, 1.5), (0, 1.5), (0, 1.5)])  # the step pushes the two apart, to 0.31
+    place(
+        vec, [(0, 0), (0.29, 0), (0, 2)], landmarks=[(0, 1.5), (0, 1.5), (0, 1.5)]
+    )  # the step pushes the two apart, to 0.31
     assert (vec.step(np.zeros((1, 3, 2)))[4]["agent_rewards"] == 6).all()
-    place(vec, [(0, 0), (0.29, 0), (0, 2)], velocities=[(0.8, 0), (-0.8, 0), (0, 0)], landmarks=[(0, 1.5), (0, 1.5), (0, 1.5)])
+    place(
+        vec,
+        [(0, 0), (0.29, 0), (0, 2)],
+        velocities=[(0.8, 0), (-0.8, 0), (0, 0)],
+        landmarks=[(0, 1.5), (0, 1.5), (0, 1.5)],
+    )
     rewards = vec.step(np.zeros((1, 3, 2)))[4]["agent_rewards"]  # now they are still closer than 0.3
     np.testing.assert_allclose(rewards, [[6 - 5, 6 - 5, 6]])
 
@@ -158,7 +167,9 @@ def test_rewards_of_pursuit_by_hand(scenario, contact):
 def test_a_contact_begins_where_the_sizes_say(scenario, reach):
     """Just inside and just outside the sum of both sizes, after a step in which nothing moves (`world.step` is taken out)."""
     for gap, touches in ((reach - 0.001, True), (reach + 0.001, False)):
-        vec = opened(scenario, [(0, 0), (9, 0), (0, 9), (gap, 0)] if scenario != "simple_spread" else [(0, 0), (gap, 0), (9, 0)])
+        vec = opened(
+            scenario, [(0, 0), (9, 0), (0, 9), (gap, 0)] if scenario != "simple_spread" else [(0, 0), (gap, 0), (9, 0)]
+        )
         vec.world.step = lambda: None
         last = vec.world.agents[3] if scenario != "simple_spread" else vec.world.agents[1]
         alone = vec.rules.reward(vec.world.agents[0], vec.world)
@@ -197,9 +208,15 @@ def test_layout_of_observations():
     obs = spread._observe(spread.team)[0]
     np.testing.assert_allclose(obs[0], [0.4, 0.8, 1, 2, 1, 0, 3, 2, 5, 4, 2, 3, 7, 11, 0, 0, 0, 0], atol=1e-6)
     np.testing.assert_allclose(obs[1, 10:14], [-2, -3, 5, 8])
-    tag = opened("simple_tag", [(1, 2), (3, 5), (8, 13), (2, 4)], [(0.4, 0.8), (0, 0), (0, 0), (0.1, 0.2)], [(2, 2), (4, 4)])
-    np.testing.assert_allclose(tag._observe(tag.team)[0, 0], [0.4, 0.8, 1, 2, 1, 0, 3, 2, 2, 3, 7, 11, 1, 2, 0.1, 0.2], atol=1e-6)
-    np.testing.assert_allclose(tag._observe(tag.prey)[0, 0], [0.1, 0.2, 2, 4, 0, -2, 2, 0, -1, -2, 1, 1, 6, 9], atol=1e-6)
+    tag = opened(
+        "simple_tag", [(1, 2), (3, 5), (8, 13), (2, 4)], [(0.4, 0.8), (0, 0), (0, 0), (0.1, 0.2)], [(2, 2), (4, 4)]
+    )
+    np.testing.assert_allclose(
+        tag._observe(tag.team)[0, 0], [0.4, 0.8, 1, 2, 1, 0, 3, 2, 2, 3, 7, 11, 1, 2, 0.1, 0.2], atol=1e-6
+    )
+    np.testing.assert_allclose(
+        tag._observe(tag.prey)[0, 0], [0.1, 0.2, 2, 4, 0, -2, 2, 0, -1, -2, 1, 1, 6, 9], atol=1e-6
+    )
     five = [(1, 2.1), (4, 4), (6, 6), (1.1, 2), (3, 5)]  # obstacle, foods, forests
     wood = opened("simple_world", [(1, 2), (3, 5), (8, 13), (1.3, 2)], [(0, 0)] * 3 + [(0.1, 0.2)], five)
     obs, prey = wood._observe(wood.team)[0], wood._observe(wood.prey)[0, 0]
@@ -269,7 +286,9 @@ def test_halfcheetah_shows_each_agent_its_own_joints_only():
     for _ in range(20):
         state = upstream.state()  # 8 positions without x, then 9 velocities
         joints = lambda first: np.ravel([(state[2 + j], state[11 + j]) for j in first])
-        np.testing.assert_allclose(obs[0], joints((2, 1, 0)), rtol=1e-6)  # foot, shin, thigh: position, velocity of each
+        np.testing.assert_allclose(
+            obs[0], joints((2, 1, 0)), rtol=1e-6
+        )  # foot, shin, thigh: position, velocity of each
         np.testing.assert_allclose(obs[1], joints((5, 4, 3)), rtol=1e-6)
         np.testing.assert_allclose(info["state"], state, rtol=1e-6)
         action = rng.uniform(-1, 1, (2, 3)).astype(np.float32)
@@ -319,7 +338,12 @@ class Network(nn.Module):
 
     def __init__(self, n):
         super().__init__()
-        self.in_fn, self.fc1, self.fc2, self.fc3 = nn.BatchNorm1d(n), nn.Linear(n, 64), nn.Linear(64, 64), nn.Linear(64, 2)
+        self.in_fn, self.fc1, self.fc2, self.fc3 = (
+            nn.BatchNorm1d(n),
+            nn.Linear(n, 64),
+            nn.Linear(64, 64),
+            nn.Linear(64, 2),
+        )
 
     def forward(self, x):
         return torch.tanh(self.fc3(torch.relu(self.fc2(torch.relu(self.fc1(self.in_fn(x)))))))
@@ -384,7 +408,10 @@ BROKEN = {  # what is wrong with the file -> what the message says
 def test_bad_prey_files_say_what_is_wrong(kind, tmp_path, cli):
     path, (damage, reason) = tmp_path / "prey.pt", BROKEN[kind]
     damage(path)
-    for opened in (lambda: make_env("omar_simple_tag", prey=str(path)), lambda: make_vec("omar_simple_tag", 2, prey=str(path))):
+    for opened in (
+        lambda: make_env("omar_simple_tag", prey=str(path)),
+        lambda: make_vec("omar_simple_tag", 2, prey=str(path)),
+    ):
         with pytest.raises(BadInput) as caught:
             opened()
         assert str(caught.value).startswith(f"--prey {path}: ") and reason in str(caught.value)
@@ -471,25 +498,3 @@ def test_random_play_scores_as_in_omars_environment(scenario, mean, std, toleran
     assert abs(returns.mean() - measured[0]) < 2 * np.hypot(returns.std(), measured[1]) / 400**0.5
     if scenario in PREY_SIZES:
         assert isinstance(vec.policy, FilePrey)
-
-
-# --- scripted teams ---
-
-
-def test_scripted_teams_are_better_than_random_ones_and_the_cleverer_one_is_better():
-    spec = importlib.util.spec_from_file_location("pursuit", ROOT / "runs" / "pursuit.py")
-    pursuit = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(pursuit)
-    for env_id, constants, straight, clever in (
-        ("omar_simple_tag", (0.0895, 5.76, 0.846, 0.0829), 86.9, 169.9), ("omar_simple_world", (0.0789, 4.57, 0.779, 0.0922), 42.3, 86.8),
-    ):  # fmt: skip
-        for known, score in ((None, straight), (np.array(constants), clever)):  # runs/results/pursuit.txt
-            returns = pursuit.play(env_id, known, 500, 7)
-            assert abs(returns.mean() - score) < 4 * returns.std() / 500**0.5, (env_id, known)
-    obs = np.zeros((1, 3, 16), np.float32)
-    obs[0, :, 12:14] = [(3, 4), (0, -2), (-1, 0)]  # where each sees the prey
-    np.testing.assert_allclose(pursuit.steer(obs, 2, None)[0], [(0.6, 0.8), (0, -1), (-1, 0)], atol=1e-6)
-    places = 6 * obs[0, :, 12:14] + np.array([0.5, 0])  # gain 6, distance 0, and the prey's velocity (0.5, 0) is matched
-    obs[..., 14:16] = (0.5, 0)
-    got = pursuit.steer(obs / 100, 2, np.array([0.0, 600.0, 100.0, 0.0]))[0]
-    np.testing.assert_allclose(got, np.clip(places, -1, 1), atol=1e-5)

@@ -1,57 +1,18 @@
-"""The defaults of a task are those that its committed results were made with."""
+"""The defaults of tasks and data sets."""
 
-import json
-import re
-from pathlib import Path
+import csv
+import sys
 
+import numpy as np
 import pytest
 
+import dom2
 import omad
 from common.envs import list_tasks
+from conftest import ROOT
 
-RESULTS = Path(__file__).parent.parent / "runs" / "results"
-OWN = {"seed", "run_dir", "resume", "evaluate", "device", "torch_threads", "cuda_graph", "compile", "list_tasks"}
-OWN |= {"capture_video"}
-SCRIPT = (RESULTS.parent / "mamujoco.sh").read_text()
-small = re.search('small="(.+)"', SCRIPT)[1].split()
-SMALL = {name.strip("-").replace("-", "_"): float(value) for name, value in zip(small[::2], small[1::2], strict=True)}
-HALFCHEETAH = SMALL | dict(v_min=-1000.0, v_max=1000.0)
-BATCH_128 = dict(batch_size=128, total_timesteps=120_000)
-GAUSSIAN = dict(policy="gaussian")
-FLAGS = {  # folder of runs/results -> the flags of its runs, see runs/simple_spread.sh and runs/mamujoco.sh
-    "omad": {},
-    "omad_gaussian": GAUSSIAN,
-    "omad_long": dict(total_timesteps=700_000, eval_every=50_000, eval_episodes=400),
-    "omad_batch_128": BATCH_128,
-    "omad_batch_128_long": BATCH_128 | dict(total_timesteps=900_000, eval_every=30_000),
-    "omad_gaussian_batch_128": BATCH_128 | GAUSSIAN,
-    "omad_target_networks": BATCH_128 | dict(target_networks=True),
-    "omad_lr_3e-4": BATCH_128 | dict(policy_lr=3e-4, q_lr=3e-4),
-    "omad_alpha_1": BATCH_128 | dict(alpha=1.0),
-    "simple_adversary_omad": {},
-    "halfcheetah_2x3_omad": HALFCHEETAH | dict(total_timesteps=90_000),
-    "halfcheetah_2x3_omad_gaussian": HALFCHEETAH | GAUSSIAN | dict(total_timesteps=90_000),
-    "halfcheetah_2x3_omad_longer": HALFCHEETAH | dict(total_timesteps=120_000),
-    "ant_2x4_omad": SMALL | dict(total_timesteps=120_000),
-    "ant_2x4_omad_gaussian": SMALL | GAUSSIAN | dict(total_timesteps=120_000),
-    "walker2d_2x3_omad": SMALL | dict(total_timesteps=135_000),
-    "walker2d_2x3_omad_gaussian": SMALL | GAUSSIAN | dict(total_timesteps=135_000),
-}
-
-
-def test_every_committed_run_has_its_flags_in_the_table():
-    assert {path.parent.parent.name for path in RESULTS.rglob("*__omad__*/eval.csv")} == set(FLAGS)
-
-
-@pytest.mark.parametrize("folder", FLAGS)
-def test_committed_runs_were_made_with_the_presets_of_today(folder):
-    found = [path.read_text() for path in (RESULTS / folder).glob("*__omad__*/config.json")]
-    configs = [json.loads(text.replace('"num_atoms"', '"n_atoms"'))["args"] for text in found]  # as the first runs said
-    assert configs
-    for made_with in configs:
-        today = vars(omad.preset(made_with["env_id"])) | FLAGS[folder]
-        names = made_with.keys() - OWN
-        assert {name: made_with[name] for name in names} == {name: today[name] for name in names}
+sys.path.insert(0, str(ROOT / "runs"))
+import campaign
 
 
 @pytest.mark.parametrize(
@@ -77,9 +38,56 @@ def test_every_task_has_defaults():
     assert all(omad.preset(env_id).env_id == env_id for env_id in list_tasks())
 
 
-def test_the_readme_has_the_small_variant():
-    readme = " ".join((RESULTS.parent.parent / "README.md").read_text().replace("\\\n", " ").split())
-    own = re.search("halfcheetah_2x3 90000 (.+?) ;;", SCRIPT)[1]
-    assert all(flags in readme for flags in (" ".join(small), own))
-    assert "python omad.py --env-id mamujoco_halfcheetah_2x3" in readme
-    assert omad.parse(["--env-id", "mamujoco_halfcheetah_2x3", *small, *own.split()]).v_max == 1000
+def test_the_documents_have_the_small_variant():
+    text = " ".join((ROOT / "runs" / "omad.md").read_text().replace("\\\n", " ").split())
+    assert campaign.WORDS["small"] in text
+    small = campaign.EXPERIMENTS["robots"][0].flags.format(**campaign.WORDS).split()
+    assert omad.parse(["--env-id", "mamujoco_halfcheetah_2x3", *small]).v_max == 1000
+
+
+SEARCH = list(csv.DictReader((ROOT / "runs" / "results" / "search.csv").open()))
+FREE = {
+    "seed",
+    "return_mean",
+    "return_std",
+    "episodes",
+    "seconds",
+    "git_revision",
+    "total_updates",
+    "dataset",
+    "policy",
+}
+
+
+@pytest.mark.parametrize("dataset", sorted({row["dataset"] for row in SEARCH}))
+@pytest.mark.parametrize("policy", ["diffusion", "deterministic"])
+def test_presets_are_trials_of_the_search_and_none_is_clearly_worse_than_the_best(
+    dataset, policy, tmp_path, monkeypatch
+):
+    """By the mean over seeds where trials were repeated, else by two standard errors over episodes."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / campaign.SOURCES["omar_simple_spread_6-assignments"]["flags"].split()[1]).mkdir(parents=True)
+    experiment = "assignments" if dataset in campaign.SOURCES else "offline"
+    method = "dom2" if policy == "diffusion" else policy
+    run = next(r for r in campaign.declared((experiment,)) if (r.on, r.variant) == (dataset, method))
+    args = vars(dom2.parse(run.flags))
+    args |= {} if args["reweight"] else dict(thresholds=0)
+    trials = {}
+    for row in SEARCH:
+        if (row["dataset"], row["policy"]) == (dataset, policy):
+            trials.setdefault(tuple((name, row[name]) for name in row.keys() - FREE), []).append(row)
+    names = [
+        name for name in SEARCH[0].keys() - FREE if policy == "diffusion" or name not in ("q_weight", "network")
+    ]  # the baseline has neither
+    number = lambda value: float({"True": 1, "False": 0}.get(str(value), value))
+    same = lambda text, value: text == value or text != "" and number(text) == pytest.approx(number(value), rel=1e-3)
+    ours = [rows for key, rows in trials.items() if all(same(dict(key)[name], args[name]) for name in names)]
+    assert len(ours) == 1 and len(trials) >= 6
+    most = max(map(len, trials.values()))
+    mean = lambda rows: np.mean([float(row["return_mean"]) for row in rows])
+    best = max((rows for rows in trials.values() if len(rows) == most), key=mean)
+    if most > 1:
+        assert ours[0] is best
+    else:
+        error = sum(float(row["return_std"]) ** 2 / float(row["episodes"]) for row in (best[0], ours[0][0])) ** 0.5
+        assert mean(best) - mean(ours[0]) <= 2 * error

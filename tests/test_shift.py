@@ -14,7 +14,9 @@ SLOWEST = {"simple_spread": 0.3, "simple_tag": 0.4, "simple_world": 0.5}
 @pytest.mark.parametrize("scenario", SLOWEST)
 def test_paces_are_drawn_for_every_agent_in_every_episode(scenario):
     usual, vec = ParticleVec(scenario, 300), ParticleVec(scenario, 300, shift="speed")
-    np.testing.assert_array_equal(usual.reset(seed=5)[0], vec.reset(seed=5)[0])  # the starts are those of the usual environment
+    np.testing.assert_array_equal(
+        usual.reset(seed=5)[0], vec.reset(seed=5)[0]
+    )  # the starts are those of the usual environment
     paces = np.array([agent.pace for agent in vec.world.agents])  # [agents, E]
     low = SLOWEST[scenario]
     assert paces.min() > low and paces.max() < 1 and abs(paces.mean() - (1 + low) / 2) < 0.03
@@ -61,7 +63,9 @@ def test_fewer_landmarks():
     turned = np.arctan2(ring[:, 0, 1], ring[:, 0, 0])
     assert abs(turned).max() <= np.pi / 6 and turned.min() < -0.4 and turned.max() > 0.4
     assert 0.29 < abs(before[..., 2:4]).max() <= 0.3
-    pushed = usual.step(np.zeros((200, 3, 2), np.float32))[0][..., :2]  # small enough that contacts do not choose the way
+    pushed = usual.step(np.zeros((200, 3, 2), np.float32))[0][
+        ..., :2
+    ]  # small enough that contacts do not choose the way
     assert (np.linalg.norm(pushed, axis=-1) > 0.05).mean() < 0.25
     landmarks = np.stack([landmark.state.p_pos.T for landmark in vec.world.landmarks], 1)
     same = (landmarks[:, :, None] == landmarks[:, None]).all(-1)
@@ -86,18 +90,26 @@ def test_fewer_landmarks():
 @pytest.mark.parametrize("shift", ROBOT_SHIFTS)
 def test_another_body_in_every_episode(shift):
     usual, env = make_env("omar_halfcheetah_2x3"), make_env("omar_halfcheetah_2x3", shift=shift)
-    model, normal = env.unwrapped.env.single_agent_env.unwrapped.model, usual.unwrapped.env.single_agent_env.unwrapped.model
+    model, normal = (
+        env.unwrapped.env.single_agent_env.unwrapped.model,
+        usual.unwrapped.env.single_agent_env.unwrapped.model,
+    )
     make_env("omar_halfcheetah_2x3", shift=shift).reset()  # needs no seed
     torso, found = model.body("torso").id, []
     for seed in range(60):
         obs, _ = env.reset(seed=seed) if seed < 30 else env.reset()
         if seed < 30:
             np.testing.assert_array_equal(obs, usual.reset(seed=seed)[0])
-        power, mass = model.actuator_gear[:, 0] / normal.actuator_gear[:, 0], model.body_mass / normal.body_mass.clip(1e-9)
+        power, mass = (
+            model.actuator_gear[:, 0] / normal.actuator_gear[:, 0],
+            model.body_mass / normal.body_mass.clip(1e-9),
+        )
         inertia, friction = model.body_inertia[torso] / normal.body_inertia[torso], model.geom_friction[:, 0]
         assert np.ptp(power) < 1e-9 and np.ptp(friction) == 0 and np.allclose(inertia, mass[torso])
         assert np.allclose(np.delete(mass, [0, torso]), 1) and (model.geom_friction[:, 1:] == 0.1).all()
-        assert model.body_subtreemass[0] == pytest.approx(model.body_mass.sum())  # what follows from the masses has followed
+        assert model.body_subtreemass[0] == pytest.approx(
+            model.body_mass.sum()
+        )  # what follows from the masses has followed
         found.append((power[0], 1000 * mass[torso], friction[0]))
     for values, intervals in zip(np.array(found).T, ROBOT_SHIFTS[shift].values()):
         inside = [(low <= values) & (values <= high) for low, high in intervals]

@@ -54,12 +54,16 @@ def test_the_table_has_every_task_with_its_sizes():
 
 
 @pytest.mark.parametrize("observation", ["full", "k0", "k1"])
-@pytest.mark.parametrize("env_id", ["mamujoco_halfcheetah_2x3", "mamujoco_ant_2x4", "mamujoco_ant_4x2", "mamujoco_hopper_3x1"])
+@pytest.mark.parametrize(
+    "env_id", ["mamujoco_halfcheetah_2x3", "mamujoco_ant_2x4", "mamujoco_ant_4x2", "mamujoco_hopper_3x1"]
+)
 def test_wrapper_equals_upstream(env_id, observation):
     """Against both gymnasium-robotics' partitioned robot and gymnasium's whole one, over several episodes with clipped actions."""
     _, name, partition = env_id.split("_")
     scenario = {"halfcheetah": "HalfCheetah", "ant": "Ant", "hopper": "Hopper"}[name]
-    theirs = mamujoco_v1.parallel_env(scenario, partition, agent_obsk=int(observation[1]) if observation[0] == "k" else 0)
+    theirs = mamujoco_v1.parallel_env(
+        scenario, partition, agent_obsk=int(observation[1]) if observation[0] == "k" else 0
+    )
     whole, ours = gym.make(f"{scenario}-v5"), make_env(env_id, observation)
     rng = np.random.default_rng(0)
     for seed in range(3):
@@ -126,7 +130,8 @@ ENDS = {
         for name in ("ant_2x4", "ant_2x4d", "ant_4x2", "walker2d_2x3", "hopper_3x1", "humanoid_9|8")
     },
     **{
-        f"mamujoco_{name}": "truncates" for name in ("halfcheetah_2x3", "halfcheetah_6x1", "swimmer_2x1", "manysegmentswimmer_10x2")
+        f"mamujoco_{name}": "truncates"
+        for name in ("halfcheetah_2x3", "halfcheetah_6x1", "swimmer_2x1", "manysegmentswimmer_10x2")
     },
     **{f"mamujoco_{name}": "truncates" for name in ("reacher_2x1", "pusher_3p", "humanoidstandup_9|8")},
     **{env_id: "truncates" for env_id in list_tasks() if env_id.startswith("mpe_")},
@@ -140,7 +145,9 @@ def test_termination_and_truncation(env_id):
     env.reset(seed=0)
     for step in range(1, horizon + 1):
         still = ENDS[env_id] == "truncates"
-        *_, terminated, truncated, _ = env.step(env.action_space.low * 0 if still else rng.uniform(-1, 1, env.action_space.shape))
+        *_, terminated, truncated, _ = env.step(
+            env.action_space.low * 0 if still else rng.uniform(-1, 1, env.action_space.shape)
+        )
         assert not (terminated and truncated)
         if terminated or truncated:
             break
@@ -162,7 +169,11 @@ def test_copies_in_processes_equal_copies_in_this_one():
     """Where there are cores for it `make_vec` puts robots into processes: same numbers, also across a masked reset."""
     env_id = "mamujoco_hopper_3x1"
     assert isinstance(make_vec(env_id, 1), gym.vector.SyncVectorEnv)
-    serial, ours, rng = make_vec(env_id, 3, processes=False), make_vec(env_id, 3, processes=True), np.random.default_rng(0)
+    serial, ours, rng = (
+        make_vec(env_id, 3, processes=False),
+        make_vec(env_id, 3, processes=True),
+        np.random.default_rng(0),
+    )
     try:
         results = [envs.reset(seed=5) for envs in (ours, serial)]
         ended = 0
@@ -190,7 +201,10 @@ def test_many_segments_leave_nothing_behind_and_open_side_by_side():
     """Upstream writes their description into the installed package; ours goes to a temporary folder, so that processes do not meet."""
     folder = Path(mamujoco_v1.__file__).parent / "assets"
     before = sorted(path.name for path in folder.iterdir())
-    theirs, ours = mamujoco_v1.parallel_env("ManySegmentAnt", "2x2", agent_obsk=0), make_env("mamujoco_manysegmentant_2x2")
+    theirs, ours = (
+        mamujoco_v1.parallel_env("ManySegmentAnt", "2x2", agent_obsk=0),
+        make_env("mamujoco_manysegmentant_2x2"),
+    )
     action = np.random.default_rng(0).uniform(-1, 1, ours.action_space.shape).astype(np.float32)
     theirs.reset(seed=0), ours.reset(seed=0)
     for _ in range(5):
@@ -205,7 +219,10 @@ def test_many_segments_leave_nothing_behind_and_open_side_by_side():
 
 
 def test_the_team_of_simple_adversary_is_the_two_good_agents():
-    theirs, ours = simple_adversary_v3.parallel_env(N=2, max_cycles=25, continuous_actions=True), make_env("mpe_simple_adversary")
+    theirs, ours = (
+        simple_adversary_v3.parallel_env(N=2, max_cycles=25, continuous_actions=True),
+        make_env("mpe_simple_adversary"),
+    )
     assert ours.agents == ["agent_0", "agent_1"] and ours.state_size == 20
     rng = np.random.default_rng(0)
     for episode in range(20):
@@ -219,7 +236,9 @@ def test_the_team_of_simple_adversary_is_the_two_good_agents():
             moves["adversary_0"] = force(scripted_adversary(want["adversary_0"]))
             want, rewards, *_ = theirs.step(moves)
             obs, reward, *_, info = ours.step(action)
-            assert rewards["agent_0"] == rewards["agent_1"] == pytest.approx(reward, rel=1e-5)  # and not the adversary's
+            assert (
+                rewards["agent_0"] == rewards["agent_1"] == pytest.approx(reward, rel=1e-5)
+            )  # and not the adversary's
             assert info["agent_rewards"].shape == (2,)
 
 
@@ -232,7 +251,9 @@ def test_the_scripted_adversary_goes_where_a_good_agent_is():
     np.testing.assert_allclose(
         scripted_adversary(observe(near, far, [0.3, 0.0], away)), near, rtol=1e-6
     )  # an agent stands at `near`
-    np.testing.assert_allclose(scripted_adversary(observe(far, near, away, [0.3, 0.0])), near, rtol=1e-6)  # order does not matter
+    np.testing.assert_allclose(
+        scripted_adversary(observe(far, near, away, [0.3, 0.0])), near, rtol=1e-6
+    )  # order does not matter
     env, distances = make_env("mpe_simple_adversary"), []
     for episode in range(50):  # standing agents: it ends at the landmark closest to one of them
         env.reset(seed=episode)
@@ -288,7 +309,9 @@ def test_observation_settings_that_a_task_does_not_have(cli, tmp_path, env_id, o
         with pytest.raises(BadInput, match=f"--observation '{observation}': {env_id} offers"):
             opened()
     code, out, err = cli("--env-id", env_id, "--observation", observation)
-    assert code == 2 and len(err.splitlines()) == 1 and "--observation" in err and not out and not list(tmp_path.iterdir())
+    assert (
+        code == 2 and len(err.splitlines()) == 1 and "--observation" in err and not out and not list(tmp_path.iterdir())
+    )
 
 
 @pytest.mark.parametrize("env_id", MAMUJOCO)
@@ -312,13 +335,19 @@ def test_every_task_does_real_updates(env_id, policy):
     for step in range(64):
         action = act(obs[None]) if step % 2 else rng.uniform(-1, 1, (1, *env.action_space.shape))
         after, reward, terminated, truncated, next_info = env.step(action[0])
-        row = dict(obs=obs, next_obs=after, state=info["state"], next_state=next_info["state"], action=action[0], reward=reward)
-        replay.add(**{name: np.asarray(value, np.float32)[None] for name, value in (row | dict(terminated=terminated)).items()})
+        row = dict(
+            obs=obs, next_obs=after, state=info["state"], next_state=next_info["state"], action=action[0], reward=reward
+        )
+        replay.add(
+            **{name: np.asarray(value, np.float32)[None] for name, value in (row | dict(terminated=terminated)).items()}
+        )
         obs, info = env.reset() if terminated or truncated else (after, next_info)
     before = {name: p.clone() for name, p in agent.named_parameters()}
     for update in range(6):
         noises = [agent.policy.noise(32) for _ in range(1 + update % 2)]
-        assert all(value.isfinite() for value in agent.update(replay.sample(torch.randint(64, (32,))), *noises).values())
+        assert all(
+            value.isfinite() for value in agent.update(replay.sample(torch.randint(64, (32,))), *noises).values()
+        )
     for name, p in agent.named_parameters():
         assert p.isfinite().all() and not torch.equal(p, before[name]), name
 

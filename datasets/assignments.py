@@ -1,0 +1,67 @@
+"""Data with several good assignments: three agents, six landmarks.
+
+    python datasets/assignments.py                # twenty seconds; DOM2 learns from them with dom2.py --dataset FOLDER
+
+The motivating example of DOM2's paper, as far as we know it. The data are episodes of a script on omar_simple_spread_6:
+at the start of each it draws one of the 10 assignments (of 120) of agents to landmarks with the shortest way in total,
+and walks there, a little noisily. So an agent that stands still at the start has several good ways to go, and their
+mean is none.
+
+"""
+
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+from common.datasets import DATA
+from common.envs import make_vec
+from scripts import BEST, choose, landmarks, script
+
+TASK, FOLDER = "omar_simple_spread_6", DATA / "simple_spread_6" / "assignments" / "seed_0_data"
+EPISODES = 20_000
+NOISE, KICKS = 0.1, 0.1  # standard deviation that is added to actions; share of actions that are uniform instead
+
+
+def begins_with(rows: dict[str, list[np.ndarray]]) -> bool:
+    """Whether the data on disk have this first step in every episode; not so if task or script were others then."""
+    same = lambda path, first: np.array_equal(np.load(path, mmap_mode="r")[::25], first.astype(np.float32))
+    try:
+        return all(same(FOLDER / f"{x}_{i}.npy", steps[0][:, i]) for x, steps in rows.items() for i in range(3))
+    except (OSError, ValueError):
+        return False
+
+
+def make_data() -> None:
+    """Makes the data of the assignments: one file per agent and quantity, in OMAR's layout, unless they are there."""
+    rng, envs = np.random.default_rng(0), make_vec(TASK, EPISODES)
+    obs, _ = envs.reset(seed=1)
+    goal = choose(obs, *landmarks(envs), rng, BEST)
+    rows = {name: [] for name in ("obs", "acs", "rews", "next_obs", "dones")}
+    for step in range(25):
+        action = np.clip(script(obs, goal) + NOISE * rng.standard_normal((EPISODES, 3, 2)), -1, 1)
+        kicked = rng.random((EPISODES, 3, 1)) < KICKS
+        action = np.where(kicked, rng.uniform(-1, 1, action.shape), action).astype(np.float32)
+        next_obs, _, terminated, _, info = envs.step(action)
+        values = (obs, action, info["agent_rewards"], next_obs, np.repeat(terminated[:, None], 3, 1))
+        for name, value in zip(rows, values):
+            rows[name].append(value)
+        obs = next_obs
+        if not step and begins_with(rows):
+            return print(f"data      {FOLDER}: there already")
+    scratch = FOLDER.with_name(FOLDER.name + ".tmp")
+    scratch.mkdir(parents=True, exist_ok=True)
+    for name, steps in rows.items():
+        whole = np.stack(steps, 1, dtype=np.float32)  # [episodes, 25, 3, ...]
+        for i in range(3):
+            np.save(scratch / f"{name}_{i}.npy", whole[:, :, i].reshape(EPISODES * 25, *whole.shape[3:]))
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    scratch.rename(FOLDER)
+    print(f"data      {FOLDER}: return {info['episode']['r'].mean():.1f} ± {info['episode']['r'].std():.1f}")
+
+
+if __name__ == "__main__":
+    tyro.cli(make_data)

@@ -1,0 +1,317 @@
+"""Runs experiments: what is missing, and the rest of what was interrupted; on this machine or on a cluster.
+
+    python runs/campaign.py                                     # the experiments, and how much of each is there
+    python runs/campaign.py spread --jobs 2                     # one experiment, two runs side by side
+    python runs/campaign.py robots --only walker2d gaussian     # only runs with these words in their names
+    python runs/campaign.py robots --address auto --gpus 0.25   # on a Ray cluster, four runs on each GPU
+    python runs/campaign.py --one robots/mamujoco_ant_2x4/gaussian/1     # this run alone, in this process
+
+An experiment is data: see experiments.toml. A run is named experiment/task/variant/seed. It trains as a user would
+start it, then plays fresh episodes, whose start states no run and no search used. Everything lies in
+runs/results/<experiment>/<task or data set>/<variant>/<run>/; with fresh.csv in it a run is finished. A run that fails
+is named, the others go on, and the exit code is 1.
+"""
+
+import concurrent.futures
+import contextlib
+import csv
+import io
+import itertools
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import tyro
+from tqdm import tqdm
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+import dom2
+import omad
+from common.datasets import SPLITS, data_folder
+from common.envs import find_task, offers_shift
+
+RESULTS = where = ROOT / "runs" / "results"  # the second: where this process looks, see --results
+PROGRAMS = {"omad": omad, "dom2": dom2}
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Runs of an experiment that differ in task or data set, variant and seed only: see experiments.toml."""
+
+    program: str
+    on: list[str]
+    variants: dict[str, str]
+    seeds: list[int]
+    flags: str = ""
+    length: str = ""
+    times: dict[str, float] = field(default_factory=dict)
+    settings: dict[str, dict[str, str]] = field(default_factory=dict)
+
+
+DECLARED = tomllib.loads((ROOT / "runs" / "experiments.toml").read_text())
+WORDS, BASELINE, SOURCES = (DECLARED.pop(name) for name in ("words", "baseline", "sources"))
+EXPERIMENTS = {name: [Part(**part) for part in parts] for name, parts in DECLARED.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One run of an experiment."""
+
+    experiment: str
+    part: Part
+    on: str
+    variant: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.experiment}/{self.on}/{self.variant}/{self.seed}"
+
+    @property
+    def place(self) -> Path:
+        """The folder of the variant, with a run for every seed."""
+        return where / self.experiment / self.on / self.variant.replace(" ", "_")
+
+    @property
+    def total(self) -> str:
+        """The flag of its length."""
+        return "--total-timesteps" if self.part.program == "omad" else "--total-updates"
+
+    @cached_property
+    def flags(self) -> list[str]:
+        """Of the program, but for where the run goes."""
+        part, program = self.part, PROGRAMS[self.part.program]
+        task = f"{'--env-id' if part.program == 'omad' else '--dataset'} {self.on}"
+        task = SOURCES[self.on]["flags"] if self.on in SOURCES else task
+        baseline = f"--policy deterministic --policy-lr 1e-3 {BASELINE.get(self.on, '')}"
+        words = f"{task} --seed {self.seed} {part.flags} {part.variants[self.variant]}"
+        words = words.format(baseline=baseline, **WORDS).split()
+        count, _, unit = part.length.partition(" ")
+        words += [self.total, count] if count and unit != "minutes" else []
+        while starred := [i for i, word in enumerate(words) if word.startswith("*")]:  # so many times what it would be
+            times, flag = words.pop(starred[-1]), words.pop(starred[-1] - 1)
+            others = [word for i, word in enumerate(words) if i not in starred and i + 1 not in starred]
+            words += [flag, f"{vars(program.parse(others))[flag[2:].replace('-', '_')] * float(times[1:]):.6g}"]
+        if self.variant in part.times:  # with as many evaluations
+            args = program.parse(words)
+            evaluations = math.ceil(args.total_updates / args.eval_every)
+            every = round(part.times[self.variant] * args.total_updates / evaluations)
+            words += [self.total, str(every * evaluations), "--eval-every", str(every)]
+        return words
+
+    def find(self) -> Path | None:
+        """Its folder, if it was begun."""
+        found = self.place.glob(f"*__{self.part.program}__{self.seed}__*/config.json")
+        return next((path.parent for path in found), None)
+
+    def share(self) -> float:
+        """How much of it is there: 1 if it is finished."""
+        run = self.find()
+        if not run or not (run / "eval.csv").exists() or (run / "fresh.csv").exists():
+            return float(run is not None and (run / "fresh.csv").exists())
+        args = PROGRAMS[self.part.program].load(run / "config.json")["args"]
+        total = args[self.total[2:].replace("-", "_")]
+        return 0.99 * min(1.0, int(rows_of(run / "eval.csv")[-1]["step"]) / total)
+
+
+def declared(names: tuple[str, ...] = tuple(EXPERIMENTS)) -> list[Run]:
+    """All runs of these experiments, seed by seed, so that every variant has its first seed early."""
+    runs = []
+    for name, part in ((name, part) for name in names for part in EXPERIMENTS[name]):
+        on = [whole for on in part.on for whole in ([on[:-1] + x for x in SPLITS] if on.endswith("-*") else [on])]
+        runs += [Run(name, part, *both, seed) for both in itertools.product(on, part.variants) for seed in part.seeds]
+    return sorted(runs, key=lambda run: (names.index(run.experiment), run.part.seeds.index(run.seed)))
+
+
+def call(program: str, flags: list[str]) -> str:
+    """What the program prints. Raises `RuntimeError` with its message."""
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        try:
+            code = PROGRAMS[program].main(flags)
+        except SystemExit as exit:  # of the command line's parser
+            code = exit.code
+    if code:
+        raise RuntimeError((err.getvalue().strip() or f"exit code {code}").splitlines()[-1])
+    return out.getvalue()
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.open())) if path.exists() else []
+
+
+def record(path: Path, key: dict, **numbers: float) -> None:
+    """Shows a row, and puts it into a csv file in the place of the row with the same key, or at the end."""
+    row = {name: str(value) for name, value in key.items()}
+    row |= {name: f"{round(float(value), 4):g}" for name, value in numbers.items()}
+    print(*row.values(), sep=", ", flush=True)
+    rows = {tuple(old[name] for name in key): old for old in rows_of(path)} | {tuple(map(str, key.values())): row}
+    with path.with_suffix(".tmp").open("w", newline="") as file:
+        writer = csv.DictWriter(file, max(rows.values(), key=len), lineterminator="\n")
+        writer.writeheader(), writer.writerows(rows.values())
+    path.with_suffix(".tmp").rename(path)
+
+
+def probe(run: Run) -> int:
+    """How many steps or updates take the minutes of the run, from a short one: between its last two evaluations."""
+    minutes, count = float(run.part.length.split()[0]), 2000 if run.part.program == "omad" else 200
+    flags = f"{run.total} {count} --eval-every {count // 2} --eval-episodes 1"
+    flags += f" --learning-starts {count // 2}" * (run.part.program == "omad")
+    with tempfile.TemporaryDirectory() as folder:
+        call(run.part.program, [*run.flags, *flags.split(), "--run-dir", folder])
+        begin, end = rows_of(next(Path(folder).glob("*/eval.csv")))[-2:]
+    seconds = (float(end["wall_time_s"]) - float(begin["wall_time_s"])) / (int(end["step"]) - int(begin["step"]))
+    return round(60 * minutes / seconds)
+
+
+def work(run: Run) -> None:
+    """The run, or the rest of it, and its fresh episodes. Raises `RuntimeError` with the program's message."""
+    os.chdir(ROOT)  # so that config.json has no path of this machine
+    program, folder = run.part.program, run.find()
+    if folder:
+        call(program, ["--resume", str(folder)])
+    else:
+        length = [run.total, str(probe(run))] if run.part.length.endswith("minutes") else []
+        call(program, [*run.flags, *length, "--run-dir", os.path.relpath(run.place)])
+    folder = run.find()
+    (folder / "curve.png").unlink(missing_ok=True)  # the report draws it from eval.csv
+    env_id = PROGRAMS[program].load(folder / "policy.pt")["args"]["env_id"]
+    settings = {"usual": ""} | run.part.settings.get(run.variant, {})
+    settings |= {shift: f"--shift {shift}" for shift in offers_shift(env_id) if program == "dom2"}
+    lines = ["setting,return_mean,return_std,episodes"]
+    for setting, flags in settings.items():
+        episodes = 1000 if find_task(env_id).horizon <= 100 else 50
+        fresh = ["--seed", "1000", "--eval-episodes", str(episodes), "--device", "cpu"]
+        said = call(program, ["--evaluate", str(folder), *fresh, *flags.split()])
+        lines.append(",".join([setting, *re.search(r"return (\S+) ± (\S+) over", said).groups(), str(episodes)]))
+    PROGRAMS[program].write(folder / "fresh.csv", lambda path: path.write_text("\n".join([*lines, ""])))
+
+
+def here(todo: list[Run], jobs: int) -> Iterator[list[tuple[Run, str]]]:
+    """On this machine, each in a process of its own. Yields every second what has finished, and what went wrong."""
+
+    def start(run: Run) -> str:
+        command = [sys.executable, str(Path(__file__).resolve()), "--one", run.name, "--results", str(where)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        return (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1] if done.returncode else ""
+
+    pool = concurrent.futures.ThreadPoolExecutor(jobs)
+    futures = {pool.submit(start, run): run for run in todo}
+    try:
+        while futures:
+            done = concurrent.futures.wait(futures, 1, concurrent.futures.FIRST_COMPLETED).done
+            yield [(futures.pop(future), future.result()) for future in done]
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def cluster(todo: list[Run], address: str, cpus: float, gpus: float) -> Iterator[list[tuple[Run, str]]]:
+    """On a Ray cluster whose nodes share this folder. What a lost worker or node ran is gone on with elsewhere."""
+    try:
+        import ray
+    except ImportError:
+        raise SystemExit("--address needs Ray: pip install -r runs/requirements-ray.txt") from None
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    ray.init(address, log_to_driver=False)
+
+    @ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=5, max_calls=1)  # max_calls: a fresh process for each
+    def remote(folder: str, name: str, place: Path) -> str:
+        sys.path.insert(0, folder)
+        import campaign
+
+        campaign.where = place
+        return campaign.one(name)
+
+    folder = str(Path(__file__).parent.resolve())
+    futures = {remote.remote(folder, run.name, where): run for run in todo}
+    while futures:
+        done, _ = ray.wait(list(futures), timeout=1)
+        yield [(futures.pop(future), _result(ray, future)) for future in done]
+
+
+def _result(ray, future) -> str:
+    try:
+        return ray.get(future)
+    except ray.exceptions.RayError as error:  # lost more often than it was retried
+        return str(error).splitlines()[0]
+
+
+def one(name: str) -> str:
+    """Works on the run of this name; what went wrong, if it did."""
+    try:
+        return work(next(run for run in declared((name.split("/")[0],)) if run.name == name)) or ""
+    except (StopIteration, KeyError):
+        return "no such run is declared"
+    except RuntimeError as error:
+        return str(error)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Runs experiments; without a name, lists them."""
+
+    experiments: tyro.conf.Positional[tuple[str, ...]] = ()
+    only: tuple[str, ...] = ()  # only runs with all of these words in their names
+    seeds: int = 0  # only so many seeds of each
+    jobs: int = 1  # runs side by side on this machine
+    address: str = ""  # of a Ray cluster (auto: the one this machine belongs to), instead of this machine
+    cpus: float = 1.0  # of the cluster, for each run
+    gpus: float = 0.0  # of the cluster, for each run; 0.25: four runs share one
+    one: str = ""  # the name of the one run to do in this process
+    results: Path = RESULTS  # where they go
+
+
+def main(argv: list[str] | None = None) -> int:
+    global where
+    options = tyro.cli(Options, args=argv)
+    where = options.results.resolve()
+    if unknown := [name for name in options.experiments if name not in EXPERIMENTS]:
+        print(f"campaign.py: no experiment {unknown[0]!r}; there are {', '.join(EXPERIMENTS)}", file=sys.stderr)
+        return 2
+    if options.one:
+        error = one(options.one)
+        return print(f"{options.one}: {error}", file=sys.stderr) or 1 if error else 0
+    if not options.experiments:
+        for name in EXPERIMENTS:
+            runs = declared((name,))
+            print(f"{name:12s} {sum(run.share() == 1 for run in runs):5d} of {len(runs)} runs are there")
+        return 0
+    chosen = [run for run in declared(options.experiments) if all(word in run.name for word in options.only)]
+    chosen = [run for run in chosen if not options.seeds or run.seed in run.part.seeds[: options.seeds]]
+    print(f"{len(chosen)} runs, of which {sum(run.share() == 1 for run in chosen)} are there", flush=True)
+    if not (todo := [run for run in chosen if run.share() < 1]):
+        return 0
+    for on in dict.fromkeys(run.on for run in todo if run.part.program == "dom2"):  # data first, lest two make them
+        maker = [SOURCES[on]["script"]] if on in SOURCES else ["datasets/collect.py", "--dataset", on]
+        if on in SOURCES or not data_folder(on).is_dir():
+            subprocess.run([sys.executable, *maker], cwd=ROOT, check=True)
+    failed, running = 0, set(todo)
+    bar = tqdm(total=len(todo), bar_format="{l_bar}{bar}| {n:.2f}/{total} runs [{elapsed}<{remaining}]")
+    there = cluster(todo, options.address, options.cpus, options.gpus) if options.address else here(todo, options.jobs)
+    try:
+        for finished in there:
+            for run, error in finished:
+                running.discard(run)
+                failed += bool(error)
+                bar.write(f"failed: {run.name}: {error}" if error else f"finished: {run.name}")
+            bar.n = len(todo) - len(running) + sum(run.share() for run in running)
+            bar.refresh()
+    except KeyboardInterrupt:
+        print("\ncampaign.py: interrupted; the same command goes on", file=sys.stderr)
+        return 130
+    bar.close()
+    if failed:
+        print(f"campaign.py: {failed} of {len(todo)} runs failed; the same command tries them again", file=sys.stderr)
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

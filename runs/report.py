@@ -1,0 +1,531 @@
+"""Makes every table and figure of the documents from the raw files that lie beside them.
+
+    python runs/report.py             # writes them: tables between their marks in the documents, and the pictures
+    python runs/report.py --check     # changes nothing; says what differs, with exit code 1
+
+Statistics over seeds are those of Agarwal et al. (arXiv 2108.13264): the interquartile mean, its 95 % interval by
+stratified bootstrap (seeds are drawn again within each task or data set), the probability of improvement. Single cells
+are compared by Welch's test at 5 %. A picture carries a checksum of the files that it shows, for --check.
+"""
+
+import csv
+import hashlib
+import itertools
+import json
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import tyro
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from moviepy import VideoFileClip
+from PIL import Image
+from scipy import stats
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "datasets")]
+import cards
+import omad
+from common.datasets import SCORES, SPLITS, normalize
+from common.envs import offers_shift, record_video
+
+DOCUMENTS = ["README.md", *(f"runs/{name}.md" for name in ("omad", "dom2", "speed"))]
+DOCUMENTS += [f"datasets/{name}README.md" for name in ("", "cards/", "policies/")]
+MARKS = re.compile(r"(<!-- report: (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+RESULTS = ROOT / "runs" / "results"
+MPE, DECEPTION = "mpe_simple_spread", "mpe_simple_adversary"
+CHEETAH, ANT, WALKER = "mamujoco_halfcheetah_2x3", "mamujoco_ant_2x4", "mamujoco_walker2d_2x3"
+SPREAD, TAG, WORLD, ROBOT = SCORES
+SHARED, SIX = f"{SPREAD}-expert", "omar_simple_spread_6-assignments"
+METHODS = ("dom2", "imitation", "deterministic")
+DATA, OTHERS = [f"{task}-{split}" for task in SCORES for split in SPLITS], METHODS[1:]
+NAMES = {MPE: "spread", "mpe_simple_spread_n4": "spread, four agents", DECEPTION: "physical deception"}
+NAMES |= {CHEETAH: "HalfCheetah 2x3", ANT: "Ant 2x4", WALKER: "Walker2d 2x3"}
+NAMES |= {SPREAD: "spread", TAG: "tag", WORLD: "world", ROBOT: "HalfCheetah"}
+NAMES |= {"diffusion": "OMAD", "gaussian": "Gaussian ablation", "dom2": "DOM2", "deterministic": "baseline"}
+LEVELS = {MPE: -13.0, CHEETAH: 5300.0, ANT: 5400.0, WALKER: 4000.0}  # of HARL's HATD3: published.csv
+CPU = "One core of a shared two-core virtual machine (AMD EPYC), no GPU"  # of all runs that do not say their machine
+name = lambda key: NAMES.get(key, key)
+
+
+# Reading ==============================================================================================================
+@dataclass(frozen=True)
+class Result:
+    """One finished run."""
+
+    folder: str
+    config: dict
+    curve: dict[str, np.ndarray]  # of eval.csv
+    fresh: dict[str, float]  # return over fresh episodes, by setting
+
+
+def rows_of(path: Path) -> list[dict]:
+    """Of a csv file, with numbers as numbers."""
+    value = lambda text: float(text) if re.fullmatch(r"-?[\d.]+(e-?\d+)?", text) else text
+    return [{key: value(text) for key, text in row.items()} for row in csv.DictReader(path.open())]
+
+
+@cache
+def read(experiment: str, on: str, variant: str) -> list[Result]:
+    """The finished runs of a variant, by seed."""
+    found = []
+    for path in (RESULTS / experiment / on / variant).glob("*/fresh.csv"):
+        rows, config = rows_of(path.with_name("eval.csv")), json.loads(path.with_name("config.json").read_text())
+        curve = {key: np.array([row[key] for row in rows]) for key in rows[0]}
+        found.append(Result(path.parent.name, config, curve, {r["setting"]: r["return_mean"] for r in rows_of(path)}))
+    return sorted(found, key=lambda run: run.config["args"]["seed"])
+
+
+def fresh(experiment: str, on: str, variant: str, setting: str = "usual") -> np.ndarray:
+    """Fresh returns [seeds]."""
+    return np.array([run.fresh[setting] for run in read(experiment, on, variant) if setting in run.fresh])
+
+
+def offline(dataset: str, setting: str = "usual") -> list[np.ndarray]:
+    """Fresh returns of the three methods."""
+    return [fresh("offline", dataset, method, setting) for method in METHODS]
+
+
+def data_return(dataset: str) -> float:
+    """Mean return of the data that the runs learned from: HalfCheetah's differ from machine to machine."""
+    here, card = RESULTS / "offline" / dataset / "data.json", ROOT / "datasets" / "cards" / f"{dataset}.json"
+    found = json.loads((here if here.exists() else card).read_text())
+    return found["return_mean"] if here.exists() else found["return"]["mean"]
+
+
+# Statistics ===========================================================================================================
+def iqm(*cells: np.ndarray) -> np.ndarray:
+    """Interquartile mean over all seeds of all cells: [..., seeds] each -> [...]."""
+    return stats.trim_mean(np.concatenate(cells, -1), 0.25, axis=-1)
+
+
+def improvement(*cells: np.ndarray) -> np.ndarray:
+    """Probability that a run of the first half is better than one of the second in the same cell, over all cells."""
+    better = lambda a, b: (np.sign(a[..., None] - b[..., None, :]) / 2 + 0.5).mean((-2, -1))
+    return np.mean([better(a, b) for a, b in zip(cells[: len(cells) // 2], cells[len(cells) // 2 :])], 0)
+
+
+def interval(*cells: np.ndarray, statistic: Callable = iqm) -> tuple[float, float]:
+    """Within which 95 % of the statistic lie, when seeds are drawn again within each cell."""
+    rng = np.random.default_rng(0)
+    low, high = np.percentile(statistic(*(rng.choice(cell, (2000, len(cell))) for cell in cells)), [2.5, 97.5])
+    return low, high
+
+
+def welch(ours: np.ndarray, theirs: np.ndarray) -> str:
+    """win, tie or loss of the first; "" with fewer than two seeds of either."""
+    if min(len(ours), len(theirs)) < 2:
+        return ""
+    same = ours.std() + theirs.std() == 0 or stats.ttest_ind(ours, theirs, equal_var=False).pvalue >= 0.05
+    return "tie" if same else "win" if ours.mean() > theirs.mean() else "loss"
+
+
+# Words ================================================================================================================
+def number(value: float, digits: int = 1) -> str:
+    return f"{value + 0.0:,.{digits}f}".replace("-", "−")
+
+
+def cell(values: np.ndarray, digits: int = 1) -> str:
+    """Interquartile mean [interval] (seeds)."""
+    if not len(values):
+        return "–"
+    between = ", ".join(number(end, digits) for end in interval(values))
+    return number(iqm(values), digits) + (f" [{between}]" if len(values) > 1 else "") + f" ({len(values)})"
+
+
+def tally(verdicts: Iterable[str]) -> str:
+    """wins – ties – losses"""
+    verdicts = list(verdicts)
+    return " – ".join(str(verdicts.count(word)) for word in ("win", "tie", "loss"))
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]], *notes: str) -> str:
+    rows = [list(head), ["---"] * len(list(head)), *rows]
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows) + "".join(f"\n\n{note}" for note in notes)
+
+
+def plain(files: str, columns: dict[str, str], keep: Callable[[dict], bool] = lambda row: True) -> str:
+    """A table of the rows of csv files: the heads of its columns, and formats of the values in them."""
+    rows = [row for file in files.split() for row in rows_of(RESULTS / f"{file}.csv") if keep(row)]
+    for row in rows:
+        row |= {key: short(row[key]) for key in ("task", "dataset") if key in row}
+    minus = lambda text: re.sub(r"(?<!\w)-(?=\d)", "−", text)
+    return table(columns, [[minus(form.format(**row)) for form in columns.values()] for row in rows])
+
+
+def made(runs: Iterable[Result]) -> str:
+    """What the cells are, and the hardware and dates of the runs."""
+    runs = list(runs)
+    days = sorted(re.sub(r"(....)(..)(..)", r"\1-\2-\3", run.folder.split("__")[3][:8]) for run in runs)
+    machines = "; ".join(sorted({run.config.get("machine", CPU) for run in runs}))
+    when = " to ".join(dict.fromkeys((days[0], days[-1])))
+    return f"*Interquartile mean [95 % interval] (seeds). {machines}; {when}.*"
+
+
+def minutes(*runs: Result) -> str:
+    return number(np.mean([run.curve["wall_time_s"][-1] for run in runs]) / 60) if runs else "–"
+
+
+# Online ===============================================================================================================
+def online(experiment: str, *tasks: str) -> str:
+    """A row for each task and policy."""
+    rows, used = [], []
+    for task, policy in itertools.product(tasks, ("diffusion", "gaussian")):
+        if not (runs := read(experiment, task, policy)):
+            continue
+        used, digits, level = used + runs, 2 if "mpe" in task else 0, LEVELS.get(task, np.inf)
+        hits = [(run, np.flatnonzero(run.curve["return_mean"] >= level)) for run in runs]
+        times = [run.curve["wall_time_s"][hit[0]] / 60 for run, hit in hits if len(hit)]
+        reached = f"{len(times)} of {len(runs)}" + (f", after {number(np.median(times))} min" if times else "")
+        ends = [np.array([pick(run.curve["return_mean"]) for run in runs]) for pick in (lambda x: x[-1], np.max)]
+        cells = [cell(values, digits) for values in (fresh(experiment, task, policy), *ends)]
+        steps = f"{runs[0].curve['step'][-1]:,.0f}"
+        rows.append([name(task), name(policy), steps, *cells, reached if task in LEVELS else "–", minutes(*runs)])
+    head = ["task", "policy", "steps", "fresh return", "last evaluation", "best evaluation", "HATD3's level", "minutes"]
+    return table(head, rows, made(used))
+
+
+def fewer_steps() -> str:
+    settings = ["usual", *(f"K = {k}" for k in (4, 2, 1))]
+    cells = [cell(fresh("robots", CHEETAH, "diffusion", setting), 0) for setting in settings]
+    return table(["K = 8, as trained", *settings[1:]], [cells], made(read("robots", CHEETAH, "diffusion")))
+
+
+def visited(steps: int = 250_000, size: float = 1.0) -> list[tuple[Result, str, np.ndarray, np.ndarray]]:
+    """Of each run on Ant the bins of the plane [V, 2] in which the torso was after its first steps; how often [V]."""
+    found = []
+    for run, policy in ((run, policy) for policy in ("diffusion", "gaussian") for run in read("robots", ANT, policy)):
+        xy = np.load(RESULTS / "robots" / ANT / policy / run.folder / "torso_xy.npy")[:steps]  # [steps, 2] in metres
+        found.append((run, policy, *np.unique(np.floor(xy / size).astype(int), axis=0, return_counts=True)))
+    return found
+
+
+def coverage() -> str:
+    """A share is of the bins that any of the runs visited: it depends on which runs there are."""
+    union = len(np.unique(np.concatenate([bins for _, _, bins, _ in visited()]), axis=0))
+    rows = []
+    for run, policy, bins, counts in visited():
+        seed, share = run.config["args"]["seed"], len(bins) / union
+        rows.append([name(policy), seed, f"{counts.sum():,}", f"{len(bins):,}", f"{share:.0%}"])
+    head = ["policy", "seed", "training steps", "bins of 1 m² visited", f"of all {union:,} that any run visited"]
+    return table(head, rows)
+
+
+# Offline ==============================================================================================================
+def short(dataset: str) -> str:
+    task, _, split = dataset.partition("-")
+    return f"{name(task)}, {split}" if split else name(task)
+
+
+def against(dataset: str, setting: str = "usual") -> list[str]:
+    """DOM2's verdicts against the other two."""
+    ours, *theirs = offline(dataset, setting)
+    return [welch(ours, other) for other in theirs]
+
+
+def dom2_returns(experiment: str) -> str:
+    """Of the data sets that are there; `updates` has DOM2's runs of `offline`."""
+    rows, used = [], []
+    for dataset in DATA:
+        runs = [read("offline" if method == "dom2" else experiment, dataset, method) for method in METHODS]
+        if not all(runs):
+            continue
+        used += itertools.chain(*runs)
+        values = [np.array([run.fresh["usual"] for run in of]) for of in runs]
+        score = number(normalize(dataset.partition("-")[0], iqm(values[0])), 0)
+        best = " · ".join(number(np.mean([run.curve["return_mean"].max() for run in of]), 0) for of in runs)
+        cells, told = [cell(v, 0) for v in values], [welch(values[0], other) for other in values[1:]]
+        took, of_data = " · ".join(minutes(*of) for of in runs), number(data_return(dataset), 0)
+        rows.append([short(dataset), of_data, *cells, *told, score, best, took])
+    head = ["data set", "data", *map(name, METHODS), *(f"against {name(m)}" for m in OTHERS), "normalised"]
+    note = "*Best*: mean over seeds of a run's best own evaluation; like *minutes*, of DOM2 · imitation · baseline."
+    totals = ["all", "", "", "", "", *(tally(row[k] for row in rows) for k in (5, 6)), "", "", ""]
+    return table([*head, "best", "minutes"], [*rows, totals], note, made(used)) if rows else "Not run yet."
+
+
+def dom2_summary() -> str:
+    """Over all data sets."""
+    scores = {m: [normalize(d.partition("-")[0], fresh("offline", d, m)) for d in DATA] for m in METHODS}
+    rows = []
+    for method, own in scores.items():
+        took = minutes(*(run for dataset in DATA for run in read("offline", dataset, method)))
+        compared = ["", "", ""]
+        if method != "dom2":
+            low, high = interval(*scores["dom2"], *own, statistic=improvement)
+            higher = sum(iqm(a) > iqm(b) for a, b in zip(scores["dom2"], own))
+            verdicts = tally(against(dataset)[OTHERS.index(method)] for dataset in DATA)
+            share = f"{improvement(*scores['dom2'], *own):.0%} [{low:.0%}, {high:.0%}]"
+            compared = [share, verdicts, f"{higher} of {len(DATA)}"]
+        ends = ", ".join(map(number, interval(*own)))
+        rows.append([name(method), f"{number(iqm(*own))} [{ends}]", *compared, took])
+    head = ["method", "normalised", "a run of DOM2 is better", "DOM2's wins – ties – losses", "higher mean", "minutes"]
+    seeds = " to ".join(map(str, sorted({len(cells) for own in scores.values() for cells in own})))
+    return table(head, rows, f"*{len(DATA)} data sets, {seeds} seeds of each method.*")
+
+
+SHIFTED = [(dataset, shift) for dataset in DATA for shift in offers_shift(dataset.partition("-")[0])]
+best_of = lambda dataset, shift: max(METHODS, key=lambda m: iqm(fresh("offline", dataset, m, shift)))
+
+
+def dom2_shift() -> str:
+    rows = []
+    for dataset, shift in SHIFTED:
+        kept = [iqm(there) / iqm(usual) for there, usual in zip(offline(dataset, shift), offline(dataset))]
+        kept = " · ".join(f"{x:.0%}" for x in kept) if min(map(iqm, offline(dataset))) > 20 else "–"
+        cells = [cell(values, 0) for values in offline(dataset, shift)]
+        rows.append([f"{short(dataset)}: {shift}", *cells, *against(dataset, shift), kept])
+    totals = [tally(row[k] for row in rows) for k in (4, 5)]
+    best = f"highest in {sum(best_of(*where) == 'dom2' for where in SHIFTED)} of {len(rows)}"
+    head = ["setting", *map(name, METHODS), *(f"against {name(m)}" for m in OTHERS), "share kept by each"]
+    return table(head, [*rows, ["all", best, "", "", *totals, ""]], made(read("offline", DATA[0], "dom2")))
+
+
+def shares() -> dict[int, list[np.ndarray]]:
+    """Fresh returns of the three methods by percentage of the episodes."""
+    some = {share: [fresh("shares", SHARED, f"{m}-{share}") for m in METHODS] for share in (1, 2, 5, 10, 20, 50)}
+    return some | {100: offline(SHARED)}
+
+
+def dom2_assignments() -> str:
+    scripts = [row for row in rows_of(RESULTS / "controllers.csv") if row["task"] == SIX.partition("-")[0]]
+    rows = []
+    for setting, said in (("usual", "six landmarks"), ("fewer", "three of them gone")):
+        told = [f"{r['controller']}: {number(r['return_mean'], 0)}" for r in scripts if r["setting"] == setting]
+        rows.append([said, *(cell(fresh("assignments", SIX, m, setting)) for m in METHODS), "; ".join(told)])
+    return table(["", *map(name, METHODS), "scripts"], rows, made(read("assignments", SIX, "dom2")))
+
+
+def port() -> str:
+    rows, whose = [], {"omar": "OMAR's", "own": "the project's own", "none": "–"}
+    for row in rows_of(RESULTS / "omar_port.csv"):
+        pairs = [(row[f"{place}_mean"], row[f"{place}_std"]) for place in ("here", "data", "there")]
+        cells = [f"{number(mean, 2)} ± {number(std, 2)}" if mean != "" else "–" for mean, std in pairs]
+        apart = f"{number(row['apart_se'])} s.e." if row["apart_se"] != "" else "–"
+        rows.append([f"`{row['task']}`", whose[row["prey"]], *cells, apart])
+    there = ["OMAR's random data", "measured in OMAR's environment", "difference"]
+    return table(["task", "prey", "here, 40,000 episodes", *there], rows)
+
+
+# The README ===========================================================================================================
+def verdicts() -> str:
+    """Does it work?"""
+    scale = {(row["task"], row["controller"]): row["return_mean"] for row in rows_of(RESULTS / "controllers.csv")}
+    word, rows = {"win": "yes", "tie": "no difference", "loss": "no, it is behind", "": "one seed"}, []
+
+    def add(claim: str, verdict: str, told: str, runs: list[Result], file: str) -> None:
+        rows.append([claim, f"**{verdict}**", told, minutes(*runs), f"[{file}.md](runs/{file}.md)"])
+
+    ours, ablation = (fresh("spread", MPE, policy) for policy in ("diffusion", "gaussian"))
+    still, script = (number(scale[MPE, who]) for who in ("still", "scripted"))
+    runs, learns = read("spread", MPE, "diffusion"), interval(ours)[0] > scale[MPE, "still"] + 8
+    told = f"{cell(ours)}; standing still {still}, a script {script}"
+    add("OMAD learns spread on a laptop", "yes" if learns else "no", told, runs, "omad")
+    runs, told = read("spread", MPE, "gaussian"), f"ablation: {cell(ablation)}"
+    add("… and beats its Gaussian ablation", word[welch(ours, ablation)], told, runs, "omad")
+    for task in (CHEETAH, WALKER, ANT):
+        ours, ablation = (fresh("robots", task, policy) for policy in ("diffusion", "gaussian"))
+        verdict = "not learned" if iqm(ours) < scale[task, "still"] else word[welch(ours, ablation)]
+        told = f"{cell(ours, 0)}; ablation: {cell(ablation, 0)}; standing still {number(scale[task, 'still'], 0)}"
+        add(f"… on {name(task)}, small variant", verdict, told, read("robots", task, "diffusion"), "omad")
+    runs = [run for dataset in DATA for run in read("offline", dataset, "dom2")]
+    above = sum(iqm(offline(dataset)[0]) > data_return(dataset) for dataset in DATA)
+    told = f"on {above} of {len(DATA)} data sets ({len(runs)} runs)"
+    add("DOM2 earns more than its data", "mostly", told, runs, "dom2")
+    for k, other in enumerate(("imitation", "the deterministic baseline")):
+        found = [against(dataset)[k] for dataset in DATA]
+        verdict, told = found.count("win") > 2 * found.count("loss"), f"{tally(found)} (wins – ties – losses)"
+        add(f"… and more than {other}, in equal time", "mostly" if verdict else "no", told, runs, "dom2")
+    best = sum(best_of(*where) == "dom2" for where in SHIFTED)
+    told = f"highest mean in {best} of {len(SHIFTED)} settings; the paper: 28"
+    add("… and is best where the environment shifts", "yes" if best > 20 else "no", told, runs, "dom2")
+    few, everything = shares()[5][0], shares()[100][2]
+    verdict, told = iqm(few) >= iqm(everything), f"{cell(few)}; baseline, all data: {cell(everything)}"
+    add("… and needs 5 % of the baseline's data", "yes" if verdict else "no", told, runs, "dom2")
+    add("The papers' sizes, on a GPU", "not measured", "–", [], "speed")
+    return table(["claim", "verdict", "fresh return [95 % interval] (seeds)", "minutes a run", "more"], rows)
+
+
+def tiers() -> str:
+    """What to expect of which machine."""
+    campaign = "`python runs/campaign.py robots"
+    some = {"`python omad.py`": ("spread", MPE, "diffusion"), f"{campaign}`": ("robots", CHEETAH, "diffusion")}
+    some["`python dom2.py`"] = ("offline", f"{SPREAD}-medium", "dom2")
+    rows = [["laptop, one core", say, minutes(*read(*run)), cell(fresh(*run), 0)] for say, run in some.items()]
+    rows += [["one GPU", "`python omad.py --env-id mamujoco_ant_2x4`", "not measured", "not measured"]]
+    rows += [["cluster", f"{campaign} --address auto`", "as on one core, side by side", "the same"]]
+    return table(["machine", "command", "minutes a run", "fresh return"], rows)
+
+
+CONTROLLER = {"task": "{task}", "who": "{controller}", "return": "{return_mean:,.1f}"}
+TABLES: dict[str, Callable[[], str]] = {
+    "verdicts": verdicts, "tiers": tiers, "omad-steps": fewer_steps,
+    "omad-spread": lambda: online("spread", MPE), "omad-longer": lambda: online("longer", MPE),
+    "omad-adversary": lambda: online("adversary", DECEPTION),
+    "omad-robots": lambda: online("robots", CHEETAH, WALKER, ANT),
+    "omad-scripts": lambda: plain("controllers", CONTROLLER | {"episodes": "{episodes:,.0f}"},
+                                  lambda row: not row["task"].startswith("omar")),
+    "omad-published": lambda: plain("published", {"task": "{task}", "who": "{who}", "return": "{return_mean:,.0f}",
+                                                  "source": "{source}"}),
+    "omad-coverage": coverage,
+    "dom2-updates": lambda: dom2_returns("updates"), "dom2-returns": lambda: dom2_returns("offline"),
+    "dom2-summary": dom2_summary, "dom2-shift": dom2_shift, "dom2-assignments": dom2_assignments,
+    "dom2-data": lambda: table(["share of the episodes", *map(name, METHODS)],
+                               [[f"{share} %", *map(cell, values)] for share, values in shares().items()]),
+    "dom2-belief": lambda: plain("belief", {
+        "data set": "{dataset}", "policies": "{policy}", "seed": "{seed:.0f}", "return": "{return_mean:,.0f}",
+        "believed": "{believed:,.0f}", "earned": "{earned:,.0f}", "of the data's actions": "{data:,.1f}",
+        "of its own": "{own:,.1f}", "actions beyond 0.99": "{edge:.0%}"}),
+    "speed-cpu": lambda: plain("speed_cpu", {
+        "program, task, network": "{label}", "what": "{what}, {version}", "operations": "{operations:,.0f}",
+        "ms": "{ms:.3g}", "ratio": "{ratio:.2f}", "share": "{share:.0%}"}),
+    "dom2-scripts": lambda: plain("controllers", CONTROLLER, lambda row: row["task"] == SPREAD),
+    "datasets": cards.dataset_table, "policies": cards.policy_table, "port": port,
+    "pursuit": lambda: plain("controllers", CONTROLLER | {"std over episodes": "{return_std:.1f}"},
+                             lambda row: row["task"] in (TAG, WORLD)),
+}  # fmt: skip
+
+
+# Figures ==============================================================================================================
+def curves(experiment: str, *tasks: str) -> Figure:
+    """Interquartile mean and interval over seeds against steps and against minutes, with yardsticks."""
+    figure = Figure(figsize=(10, 3.4 * len(tasks)), layout="constrained")
+    scale = [(row["task"], row["controller"], row["return_mean"]) for row in rows_of(RESULTS / "controllers.csv")]
+    for task, pair in zip(tasks, figure.subplots(len(tasks), 2, sharey="row", squeeze=False)):
+        for axis, by, label in zip(pair, ("step", "wall_time_s"), ("environment steps", "minutes")):
+            for k, policy in enumerate(("diffusion", "gaussian")):
+                runs = read(experiment, task, policy)
+                returns = np.stack([run.curve["return_mean"] for run in runs])  # [seeds, evaluations]
+                x = np.mean([run.curve[by] for run in runs], 0) / (1 if by == "step" else 60)
+                low, high = zip(*(interval(values) for values in returns.T))
+                axis.plot(x, [iqm(values) for values in returns.T], f"C{k}", label=f"{name(policy)}, {len(runs)} seeds")
+                axis.fill_between(x, low, high, color=f"C{k}", alpha=0.2, lw=0)
+            hatd3 = (task, "HATD3 after 200k steps" if task == MPE else "HATD3 after 3M steps", LEVELS[task])
+            for who, level in [(who, level) for on, who, level in [*scale, hatd3] if on == task]:
+                axis.axhline(level, color="grey", lw=0.8, ls=":")
+                place = dict(xycoords=("axes fraction", "data"), ha="right", va="top" if who == "random" else "bottom")
+                axis.annotate(who, (1, level), fontsize=7, **place)
+            axis.set(xlabel=label, title=name(task))
+            axis.grid(alpha=0.2)
+        pair[0].set_ylabel("team return")
+        pair[0].legend(fontsize=8, loc="upper left")
+    return figure
+
+
+def coverage_figure() -> Figure:
+    """A map for each run, one below the other: robots run along x."""
+    everywhere = np.concatenate([bins for _, _, bins, _ in visited()])
+    low, high = everywhere.min(0) - 1, everywhere.max(0) + 2
+    figure = Figure(figsize=(9, 1.7 * len(visited())), layout="constrained")
+    axes = figure.subplots(len(visited()), sharex=True)
+    for axis, (run, policy, bins, counts) in zip(axes, visited()):
+        grid = np.full(high - low, np.nan)
+        grid[tuple((bins - low).T)] = counts
+        edges = [np.arange(low[i], high[i] + 1) for i in range(2)]
+        mesh = axis.pcolormesh(*edges, grid.T, cmap="viridis_r", norm=LogNorm(1, 1e4))
+        axis.plot(0, 0, "r+", markersize=10)
+        axis.set(title=f"{name(policy)}, seed {run.config['args']['seed']}", ylabel="y (m)", aspect="equal")
+    axes[-1].set_xlabel("x (m); episodes start at the cross")
+    figure.colorbar(mesh, ax=axes, label="steps in a bin")
+    return figure
+
+
+def offline_figure() -> Figure:
+    """A dot for each seed, a line at the mean of the data; a panel for each task."""
+    figure = Figure(figsize=(11, 6.4), layout="constrained")
+    for axis, task in zip(figure.subplots(2, 2).flat, (SPREAD, TAG, WORLD, ROBOT)):
+        for i, dataset in enumerate(f"{task}-{split}" for split in SPLITS):
+            label = (lambda text: text) if not i else (lambda text: None)
+            axis.plot([i - 0.4, i + 0.4], [data_return(dataset)] * 2, "k", lw=1, label=label("mean of the data"))
+            for k, (method, values) in enumerate(zip(METHODS, offline(dataset))):
+                x = [i + 0.22 * (k - 1)] * len(values)
+                axis.plot(x, values, f"C{k}o", ms=4, alpha=0.8, label=label(name(method)))
+        axis.set_xticks(range(len(SPLITS)), [split.replace("-", "-\n") for split in SPLITS], fontsize=8)
+        axis.set(title=name(task), ylabel="fresh return of a seed", ylim=(min(0, axis.get_ylim()[0]), None))
+        axis.grid(axis="y", alpha=0.2)
+    axis.legend(fontsize=8)
+    return figure
+
+
+def shift_figure() -> Figure:
+    """Dumbbells."""
+    figure = Figure(figsize=(11, 6.4), layout="constrained")
+    axes = figure.subplots(2, 3).flat
+    panels = dict.fromkeys((dataset.partition("-")[0], shift) for dataset, shift in SHIFTED)
+    for axis, (task, shift) in zip(axes, panels):
+        for i, split in enumerate(SPLITS):
+            for k, method in enumerate(METHODS):
+                ends = [iqm(fresh("offline", f"{task}-{split}", method, setting)) for setting in ("usual", shift)]
+                y = -i - 0.22 * (k - 1)
+                axis.plot(ends, [y, y], f"C{k}", lw=1.5, label=None if i else name(method))
+                axis.plot(ends[0], y, f"C{k}o", mfc="white", ms=5)
+                axis.plot(ends[1], y, f"C{k}o", ms=5)
+        axis.set_yticks(-np.arange(len(SPLITS)), SPLITS, fontsize=8)
+        axis.set(title=f"{name(task)}: {shift}", xlabel="fresh return", xlim=(min(0, axis.get_xlim()[0]), None))
+        axis.grid(axis="x", alpha=0.2)
+    axes[5].set_axis_off()
+    axes[5].legend(*axes[0].get_legend_handles_labels(), loc="center", title="usual (open) to shifted (full)")
+    return figure
+
+
+def animation() -> list[Image.Image]:
+    """A trained team, four episodes."""
+    policy, saved = omad.load_policy(ROOT / "runs" / "policies" / f"{MPE}.pt")
+    with tempfile.TemporaryDirectory() as folder:
+        record_video(omad.make_act(policy), MPE, Path(folder), 3)
+        films = [VideoFileClip(str(path)) for path in sorted(Path(folder).glob("*.mp4"))]
+        frames = [Image.fromarray(frame) for film in films for frame in film.iter_frames()]
+    return [frame.resize((240, 240)).quantize(12) for frame in frames]
+
+
+finished = lambda where: [f"runs/results/{x}.csv" for x in ("controllers", f"{where}/*/eval", f"{where}/*/fresh")]
+FIGURES: dict[str, tuple[Iterable[str], Callable]] = {  # picture -> the files that it shows, what draws it
+    "runs/results/spread.png": (finished("spread/*/*"), lambda: curves("spread", MPE)),
+    "runs/results/robots.png": (finished("robots/*/*"), lambda: curves("robots", CHEETAH, WALKER, ANT)),
+    "runs/results/offline.png": (finished("offline/*/*"), offline_figure),
+    "runs/results/shift.png": (finished("offline/*/*"), shift_figure),
+    "runs/results/coverage.png": ((f"runs/results/robots/{ANT}/*/*/torso_xy.npy",), coverage_figure),
+    "runs/results/spread.gif": ((f"runs/policies/{MPE}.pt",), animation),
+    "datasets/returns.png": (("datasets/cards/*.json",), cards.draw),
+}  # fmt: skip
+
+
+def checksum(patterns: Iterable[str]) -> str:
+    files = sorted(path for pattern in patterns for path in ROOT.glob(pattern))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+
+
+def noted(path: Path) -> str:
+    info = Image.open(path).info if path.exists() else {}
+    return info.get("Description", "") or info.get("comment", b"").decode()
+
+
+def main(check: bool = False) -> int:
+    """Writes tables and figures. With `check` it changes nothing and says what differs."""
+    differ = []
+    for document in DOCUMENTS:
+        before = (ROOT / document).read_text()
+        after = MARKS.sub(lambda found: f"{found[1]}{TABLES[found[2]]()}\n{found[4]}", before)
+        differ += [document] * (before != after)
+        if not check:
+            (ROOT / document).write_text(after)
+    for picture, (shown, draw) in FIGURES.items():
+        if noted(ROOT / picture) == (wanted := checksum(shown)):
+            continue
+        differ.append(picture)
+        if not check and picture.endswith("gif"):
+            first, *rest = draw()
+            first.save(ROOT / picture, save_all=True, append_images=rest, duration=90, loop=0, comment=wanted)
+        elif not check:
+            draw().savefig(ROOT / picture, dpi=110, metadata={"Description": wanted})
+    print("\n".join(f"{'differs' if check else 'written'}: {file}" for file in differ) or "all as it should be")
+    return int(check and bool(differ))
+
+
+if __name__ == "__main__":
+    sys.exit(tyro.cli(main))

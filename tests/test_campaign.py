@@ -1,0 +1,216 @@
+"""The experiments, and the runner that makes them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import omad
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "runs"))
+import campaign
+
+FREE = {"seed", "run_dir", "resume", "evaluate", "device", "torch_threads", "cuda_graph", "compile", "capture_video"}
+UNUSED = {"cql_weight", "cql_own", "q_lr", "q_scale", "critic_hidden", "gamma"}  # by imitation, which has no critics
+FREE |= {"list_tasks", "env_id", "dataset", "total_updates", "eval_every"}
+
+
+def test_what_is_committed_was_made_with_the_flags_and_presets_of_today(tmp_path, monkeypatch):
+    """Every run under runs/results belongs to an experiment, and has its arguments."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / campaign.SOURCES["omar_simple_spread_6-assignments"]["flags"].split()[1]).mkdir(
+        parents=True
+    )  # a preset looks whether it is there
+    declared = {(run.place, run.seed): run for run in campaign.declared()}
+    found = [path.with_name("config.json") for path in sorted(campaign.RESULTS.rglob("fresh.csv"))]  # finished runs
+    assert len(found) > 250
+    parsed = {}
+    for path in found:
+        args = json.loads(path.read_text().replace('"num_atoms"', '"n_atoms"'))["args"]  # as the first runs said
+        run = declared.get((path.parent.parent, args["seed"]))
+        assert run, f"{path.parent}: no experiment of runs/campaign.py makes this run"
+        assert run.find() == path.parent, "the same seed is there twice"
+        program = campaign.PROGRAMS[run.part.program]
+        key = (run.place, run.part.program)
+        wanted = parsed.setdefault(key, vars(program.parse(run.flags)))
+        names = args.keys() - FREE - (UNUSED if args.get("q_weight") == 0 else set())
+        names -= {"q_weight"} if args["policy"] == "deterministic" else set()  # whose eta is 1
+        assert {name: args[name] for name in names} == pytest.approx({name: wanted[name] for name in names}), path
+        if run.part.program == "dom2":
+            assert args["total_updates"] == pytest.approx(wanted["total_updates"], rel=0.01)
+        assert (path.parent / "eval.csv").exists()
+
+
+TINY = "--learning-starts 20 --eval-every 100 --eval-episodes 2 --policy-hidden 8 --critic-hidden 8 --num-envs 4 "
+TINY += "--batch-size 8 --denoising-steps 1"
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """An experiment of two runs a few steps long, whose results go elsewhere; what it is made of can be changed."""
+    part = campaign.Part("omad", ["mpe_simple_spread"], {"gaussian": "--policy gaussian"}, [1, 2], TINY, "200 steps")
+    monkeypatch.setattr(campaign, "EXPERIMENTS", {"tiny": [part]})
+    monkeypatch.setattr(campaign, "where", tmp_path)
+    monkeypatch.setattr(campaign, "find_task", lambda env_id: SimpleNamespace(horizon=1000))  # 50 fresh episodes
+    # In this process, one after the other, instead of in processes of their own.
+    monkeypatch.setattr(campaign, "here", lambda todo, jobs: ([(run, campaign.one(run.name))] for run in todo))
+    return lambda *flags: campaign.main(["tiny", "--results", str(tmp_path), *flags])
+
+
+def test_what_is_missing_is_run_and_evaluated_on_fresh_episodes(tiny, tmp_path, capsys):
+    assert tiny("--seeds", "1") == 0 and tiny() == 0
+    first, second = (run for run in campaign.declared(("tiny",)))
+    assert first.share() == second.share() == 1 and len([*tmp_path.rglob("fresh.csv")]) == 2
+    assert "finished: tiny/mpe_simple_spread/gaussian/2" in capsys.readouterr().out
+    rows = campaign.rows_of(first.find() / "fresh.csv")
+    assert [(row["setting"], row["episodes"]) for row in rows] == [("usual", "50")]
+    assert omad.main(["--evaluate", str(first.find()), "--seed", "1000", "--eval-episodes", "50"]) == 0
+    assert f"return {rows[0]['return_mean']} ± {rows[0]['return_std']} over" in capsys.readouterr().out
+    config = json.loads((first.find() / "config.json").read_text())["args"]
+    assert config["total_timesteps"] == 200 and config["seed"] == 1
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    assert tiny() == 0 and before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    assert campaign.main(["--results", str(tmp_path)]) == 0 and "2 of 2" in capsys.readouterr().out
+
+
+def test_an_interrupted_run_is_gone_on_with(tiny, tmp_path, monkeypatch):
+    run, main, calls = campaign.declared(("tiny",))[0], omad.main, []
+    monkeypatch.setattr(omad, "main", lambda flags: calls.append(flags) or main(flags))
+    step = omad.OMAD.update
+    monkeypatch.setattr(omad.OMAD, "update", counted(step, 30))
+    assert "interrupted" in campaign.one(run.name)
+    assert 0.4 < run.share() < 0.6 and not (run.find() / "fresh.csv").exists()  # killed after the second evaluation
+    monkeypatch.setattr(omad.OMAD, "update", step)
+    assert tiny("--only", "gaussian/1") == 0 and run.share() == 1
+    assert "--resume" not in calls[0] and calls[1] == ["--resume", str(run.find())] and calls[2][0] == "--evaluate"
+
+
+def counted(step, most):
+    """Is interrupted after so many updates."""
+    updates = []
+
+    def update(self, *rest):
+        updates.append(1)
+        if len(updates) > most:
+            raise KeyboardInterrupt
+        return step(self, *rest)
+
+    return update
+
+
+def test_a_failing_run_is_named_and_the_others_go_on(tiny, capsys):
+    campaign.EXPERIMENTS["tiny"][0].variants["broken"] = "--v-min 5 --v-max 1"
+    campaign.EXPERIMENTS["tiny"][0].variants["unheard"] = "--of 5"
+    assert tiny("--seeds", "1") == 1
+    out, err = capsys.readouterr()
+    assert "failed: tiny/mpe_simple_spread/broken/1: omad.py: error: --v-min must be below --v-max" in out
+    assert "failed: tiny/mpe_simple_spread/unheard/1" in out and "2 of 3 runs failed" in err
+    assert "finished: tiny/mpe_simple_spread/gaussian/1" in out
+
+
+def test_flags_are_relative_or_times_as_many():
+    find = lambda experiment, on, variant: next(
+        run for run in campaign.declared((experiment,)) if (run.on, run.variant) == (on, variant)
+    )
+    parse = lambda run: campaign.PROGRAMS[run.part.program].parse(run.flags)
+    usual, more = (parse(find("search", "omar_simple_tag-medium", name)) for name in ("dom2", "dom2 zeta 4"))
+    assert more.cql_weight == 4 * usual.cql_weight and more.q_weight == usual.q_weight and usual.seed == 101
+    rate = parse(find("search", "omar_simple_tag-medium", "deterministic rate 3"))
+    assert rate.policy_lr == pytest.approx(9e-3) and rate.policy == "deterministic"  # the baseline's own is 3e-3
+    ours, others = (parse(find("offline", "omar_simple_spread-random", m)) for m in ("dom2", "deterministic"))
+    assert others.total_updates == 3 * ours.total_updates and others.eval_every == 3 * ours.eval_every
+    assert others.thresholds == 8 and others.policy_lr == 1e-3
+    half = parse(find("ablations", "mamujoco_halfcheetah_2x3", "half the support"))
+    assert (half.v_min, half.v_max, half.total_timesteps) == (-500.0, 500.0, 30_000)
+
+
+def test_minutes_become_steps(tiny, monkeypatch):
+    """By the time between the last two evaluations of a short run, in which learning goes on."""
+    part = campaign.Part("omad", ["mpe_simple_spread"], {"gaussian": "--policy gaussian"}, [1], TINY, "0.05 minutes")
+    monkeypatch.setattr(campaign, "EXPERIMENTS", {"tiny": [part]})
+    run, flags = campaign.declared(("tiny",))[0], []
+
+    def pretend(program, words):
+        flags.append(words)
+        folder = Path(words[words.index("--run-dir") + 1], "run")
+        folder.mkdir()
+        (folder / "eval.csv").write_text("step,wall_time_s\n0,1\n1000,2\n2000,6\n")
+
+    monkeypatch.setattr(campaign, "call", pretend)
+    assert campaign.probe(run) == 750  # three seconds at 250 steps a second
+    assert omad.parse(flags[0][:-2]).learning_starts == 1000 and omad.parse(flags[0][:-2]).total_timesteps == 2000
+
+
+def test_names_are_checked(capsys):
+    assert campaign.main(["sprad"]) == 2 and "there are smoke, spread" in capsys.readouterr().err
+    assert campaign.main(["--one", "spread/x/y/1"]) == 1 and "no such run" in capsys.readouterr().err
+
+
+def kill(process, sign=signal.SIGKILL):
+    os.killpg(process.pid, sign)
+    process.wait()
+
+
+def smoke(folder, *flags):
+    """The experiment of that name, as a user would start it."""
+    command = [sys.executable, str(ROOT / "runs" / "campaign.py"), "smoke", "--results", str(folder), *flags]
+    return subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
+
+
+def curves(folder):
+    """All that is measured but the time."""
+    rows = {
+        path.parents[1].name + path.parent.name.split("__")[2]: campaign.rows_of(path)
+        for path in folder.rglob("eval.csv")
+    }
+    return {name: [[row["step"], row["return_mean"], row["return_std"]] for row in run] for name, run in rows.items()}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assert smoke(folder, "--jobs", "2").wait() == 0
+    assert len(curves(folder)) == 4
+    return folder
+
+
+@pytest.mark.slow
+def test_a_killed_campaign_goes_on(undisturbed, tmp_path):
+    process = smoke(tmp_path, "--jobs", "2")
+    while len(list(tmp_path.rglob("eval.csv"))) < 2:
+        time.sleep(0.2)
+    kill(process)
+    assert not list(tmp_path.rglob("fresh.csv"))
+    assert smoke(tmp_path, "--jobs", "2").wait() == 0
+    assert curves(tmp_path) == curves(undisturbed)
+
+
+@pytest.mark.slow
+def test_on_a_cluster_that_loses_a_worker_and_a_node(undisturbed, tmp_path):
+    """Two nodes on this host."""
+    pytest.importorskip("ray", reason="needs Ray: pip install -r runs/requirements-ray.txt")
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=1))
+    other = cluster.add_node(num_cpus=1)
+    process = smoke(tmp_path, "--address", cluster.address)
+    try:
+        while len(list(tmp_path.rglob("eval.csv"))) < 2:
+            time.sleep(0.2)
+        worker = subprocess.run(["pgrep", "-f", "ray::remote"], capture_output=True, text=True).stdout.split()[0]
+        os.kill(int(worker), signal.SIGKILL)
+        while len(list(tmp_path.rglob("fresh.csv"))) < 1:
+            time.sleep(0.2)
+        cluster.remove_node(other, allow_graceful=False)
+        assert process.wait(timeout=600) == 0
+    finally:
+        process.kill()
+        cluster.shutdown()
+    assert curves(tmp_path) == curves(undisturbed)
