@@ -128,7 +128,7 @@ def welch(ours: np.ndarray, theirs: np.ndarray) -> str:
 
 # Words ================================================================================================================
 def number(value: float, digits: int = 1) -> str:
-    return f"{value + 0.0:,.{digits}f}".replace("-", "−")
+    return f"{round(value, digits) + 0.0:,.{digits}f}".replace("-", "−")  # + 0.0: no minus before a zero
 
 
 def cell(values: np.ndarray, digits: int = 1) -> str:
