@@ -5,7 +5,7 @@
     python dom2.py --resume runs/<run>            # goes on after a crash; on the CPU as if it had not happened
 
 Method: "Improving Generalization and Data Efficiency with Diffusion in Offline Multi-agent RL", arXiv 2307.01472
-[DOM2], whose code is not public. What is not its, sizes and rates aside, is marked [deviation En].
+[DOM2], whose code is not public. What is not its, sizes and rates aside, is marked [deviation En]: runs/dom2.md.
 Every agent learns alone from its own observations, actions and rewards, and acts alone. Its policy turns Gaussian noise
 into an action by a few steps of a fast ODE solver. It learns to imitate the data (a diffusion loss) and, at the same
 time, to raise its own critic, by the gradient through all solver steps. The twin critics are pessimistic about actions

@@ -6,7 +6,7 @@
 
 Method: "Diffusing to Coordinate: Efficient Online Multi-Agent Diffusion Policies", arXiv 2602.18291 [OMAD] and, where
 that leaves a choice open, the method it extends, "DIME: Diffusion-Based Maximum Entropy Reinforcement Learning", arXiv
-2502.02316 [DIME]. What is neither's is marked [deviation Dn]; README.md has the reasons.
+2502.02316 [DIME]. What is neither's is marked [deviation Dn]; runs/omad.md has the reasons.
 Every agent turns Gaussian noise into an action by a few denoising steps that see only its own observation. The joint
 entropy of such policies is intractable; minus the sum over agents of path costs C_i, a lower bound, replaces it. One
 centralised distributional critic learns the return plus that entropy bonus. All agents are updated at once, by the

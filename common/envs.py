@@ -527,9 +527,9 @@ def versions() -> dict:
     except (OSError, subprocess.SubprocessError):  # no git, or no repository
         revision = "unknown"
     packages = "torch numpy gymnasium gymnasium-robotics mujoco pettingzoo mpe2 tyro tensorboard".split()
-    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} cores"
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no GPU"
     return {
-        "machine": f"{platform.machine()}, {machine}",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores{gpu}",
         "git_revision": revision,
         "python": sys.version.split()[0],
         "packages": {name: importlib.metadata.version(name) for name in packages},

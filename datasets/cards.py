@@ -3,6 +3,7 @@
 python datasets/cards.py --data datasets/data     # copies the cards of all data sets in that folder to datasets/cards
 """
 
+import csv
 import json
 import re
 import shutil
@@ -82,6 +83,21 @@ def policy_table() -> str:
     return "\n".join(lines)
 
 
+def port_table() -> str:
+    """Random teams here and in OMAR's environment."""
+    whose = {"omar": "OMAR's", "own": "the project's own", "none": "–"}
+    lines = [
+        "| task | prey | here, 40,000 episodes | OMAR's random data | measured in OMAR's environment | difference |"
+    ]
+    lines.append("|---|---|---|---|---|---|")
+    for row in csv.DictReader((HERE.parent / "runs" / "results" / "omar_port.csv").open()):
+        pairs = [(row[f"{place}_mean"], row[f"{place}_std"]) for place in ("here", "data", "there")]
+        cells = [f"{float(mean):.2f} ± {float(std):.2f}" if mean else "–" for mean, std in pairs]
+        apart = f"{float(row['apart_se']):.1f} s.e." if row["apart_se"] else "–"
+        lines.append(f"| `{row['task']}` | {whose[row['prey']]} | {' | '.join([*cells, apart])} |")
+    return "\n".join(lines).replace(" -", " −")
+
+
 def draw() -> Figure:
     """A row for each task, a histogram of episode returns for each split, with the mean of OMAR's data as a line."""
     cards, tasks = read_cards(), list(FOLDERS)
@@ -101,7 +117,7 @@ def draw() -> Figure:
             axis.tick_params(labelsize=7)
             if env_id == tasks[0]:
                 axis.set_title(split, fontsize=9)
-        row[0].set_ylabel(env_id.removeprefix("omar_"), fontsize=8)
+        row[0].set_ylabel(env_id.removeprefix("omar_").removeprefix("simple_"), fontsize=8)
     figure.supxlabel("team return of an episode; lines: mean here (solid) and in OMAR's data (dashed)", fontsize=8)
     return figure
 

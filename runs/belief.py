@@ -2,12 +2,10 @@
 
     python runs/belief.py RUN_DIR RUN_DIR ...     # finished runs that still have their checkpoint.pt
 
-A row of runs/results/belief.csv per run. A critic's belief is the smaller of the two averaged critics' values. Means
-over agents and over the steps of fresh episodes that the run's last policies play: `believed` of what they do there,
-and what they `earned`, the discounted rewards that did follow; behind the end of an episode that is the critics' belief
-once more, with a mean weight of `end`. `action` is the mean size of an action's components, `edge` the share of them
-beyond 0.99. Means over 10,000 rows of the data: what the critics believe of the actions in them (`data`) and of the
-policies' own instead (`own`). Shape letters: E environments, N agents, O observation, A action, T steps.
+A row of runs/results/belief.csv per run: means over the steps of fresh episodes of what the critics (the smaller of the
+two averaged ones) `believed` of what policies did, and what they `earned`, the discounted rewards that followed, with
+the critics' belief behind the end (mean weight `end`); the mean size of an `action`'s entries, the share beyond 0.99
+(`edge`); over 10,000 rows of the data, what critics believe of the actions in them (`data`) and of the policies' `own`.
 """
 
 import sys

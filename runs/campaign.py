@@ -12,7 +12,6 @@ runs/results/<experiment>/<task or data set>/<variant>/<run>/; with fresh.csv in
 is named, the others go on, and the exit code is 1.
 """
 
-import concurrent.futures
 import contextlib
 import csv
 import io
@@ -20,9 +19,11 @@ import itertools
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ from functools import cached_property
 from pathlib import Path
 
 import tyro
+from filelock import FileLock
 from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
@@ -37,7 +39,7 @@ sys.path.insert(0, str(ROOT))
 import dom2
 import omad
 from common.datasets import SPLITS, data_folder
-from common.envs import find_task, offers_shift
+from common.envs import BadInput, find_task, offers_shift
 
 RESULTS = where = ROOT / "runs" / "results"  # the second: where this process looks, see --results
 PROGRAMS = {"omad": omad, "dom2": dom2}
@@ -172,9 +174,20 @@ def probe(run: Run) -> int:
     return round(60 * minutes / seconds)
 
 
+def make_data(on: str) -> None:
+    """Unless they are there; another process waits meanwhile."""
+    maker = [SOURCES[on]["script"]] if on in SOURCES else ["datasets/collect.py", "--dataset", on]
+    with FileLock(ROOT / "datasets" / ".lock"):
+        if on in SOURCES or not data_folder(on).is_dir():
+            made = subprocess.run([sys.executable, *maker], cwd=ROOT, capture_output=True, text=True)
+            if made.returncode:
+                raise RuntimeError((made.stderr.strip() or "the data could not be made").splitlines()[-1])
+
+
 def work(run: Run) -> None:
     """The run, or the rest of it, and its fresh episodes. Raises `RuntimeError` with the program's message."""
     os.chdir(ROOT)  # so that config.json has no path of this machine
+    make_data(run.on) if run.part.program == "dom2" else None
     program, folder = run.part.program, run.find()
     if folder:
         call(program, ["--resume", str(folder)])
@@ -197,20 +210,21 @@ def work(run: Run) -> None:
 
 def here(todo: list[Run], jobs: int) -> Iterator[list[tuple[Run, str]]]:
     """On this machine, each in a process of its own. Yields every second what has finished, and what went wrong."""
-
-    def start(run: Run) -> str:
-        command = [sys.executable, str(Path(__file__).resolve()), "--one", run.name, "--results", str(where)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        return (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1] if done.returncode else ""
-
-    pool = concurrent.futures.ThreadPoolExecutor(jobs)
-    futures = {pool.submit(start, run): run for run in todo}
+    running, waiting = {}, list(todo)
+    command = lambda run: [sys.executable, str(Path(__file__).resolve()), "--one", run.name, "--results", str(where)]
     try:
-        while futures:
-            done = concurrent.futures.wait(futures, 1, concurrent.futures.FIRST_COMPLETED).done
-            yield [(futures.pop(future), future.result()) for future in done]
+        while running or waiting:
+            for run in [waiting.pop(0) for _ in range(min(jobs - len(running), len(waiting)))]:
+                running[run] = subprocess.Popen(
+                    command(run), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+                )
+            time.sleep(1)
+            done = {run: running.pop(run) for run in list(running) if running[run].poll() is not None}
+            said = {run: (process.stderr.read().strip() or "killed").splitlines()[-1] for run, process in done.items()}
+            yield [(run, said[run] if process.returncode else "") for run, process in done.items()]
     finally:
-        pool.shutdown(cancel_futures=True)
+        for process in running.values():
+            process.terminate()
 
 
 def cluster(todo: list[Run], address: str, cpus: float, gpus: float) -> Iterator[list[tuple[Run, str]]]:
@@ -230,27 +244,26 @@ def cluster(todo: list[Run], address: str, cpus: float, gpus: float) -> Iterator
         campaign.where = place
         return campaign.one(name)
 
+    def result(future) -> str:
+        try:
+            return ray.get(future)
+        except ray.exceptions.RayError as error:  # lost more often than it was retried
+            return str(error).strip().splitlines()[-1]
+
     folder = str(Path(__file__).parent.resolve())
     futures = {remote.remote(folder, run.name, where): run for run in todo}
     while futures:
         done, _ = ray.wait(list(futures), timeout=1)
-        yield [(futures.pop(future), _result(ray, future)) for future in done]
-
-
-def _result(ray, future) -> str:
-    try:
-        return ray.get(future)
-    except ray.exceptions.RayError as error:  # lost more often than it was retried
-        return str(error).splitlines()[0]
+        yield [(futures.pop(future), result(future)) for future in done]
 
 
 def one(name: str) -> str:
     """Works on the run of this name; what went wrong, if it did."""
+    names = tuple({name.split("/")[0]} & EXPERIMENTS.keys())
+    found = [run for run in declared(names) if run.name == name]
     try:
-        return work(next(run for run in declared((name.split("/")[0],)) if run.name == name)) or ""
-    except (StopIteration, KeyError):
-        return "no such run is declared"
-    except RuntimeError as error:
+        return work(found[0]) or "" if found else "no such run is declared"
+    except (RuntimeError, BadInput) as error:
         return str(error)
 
 
@@ -278,7 +291,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     if options.one:
         error = one(options.one)
-        return print(f"{options.one}: {error}", file=sys.stderr) or 1 if error else 0
+        return print(error, file=sys.stderr) or 1 if error else 0
     if not options.experiments:
         for name in EXPERIMENTS:
             runs = declared((name,))
@@ -288,13 +301,11 @@ def main(argv: list[str] | None = None) -> int:
     chosen = [run for run in chosen if not options.seeds or run.seed in run.part.seeds[: options.seeds]]
     print(f"{len(chosen)} runs, of which {sum(run.share() == 1 for run in chosen)} are there", flush=True)
     if not (todo := [run for run in chosen if run.share() < 1]):
-        return 0
-    for on in dict.fromkeys(run.on for run in todo if run.part.program == "dom2"):  # data first, lest two make them
-        maker = [SOURCES[on]["script"]] if on in SOURCES else ["datasets/collect.py", "--dataset", on]
-        if on in SOURCES or not data_folder(on).is_dir():
-            subprocess.run([sys.executable, *maker], cwd=ROOT, check=True)
+        return 0 if chosen else 2
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     failed, running = 0, set(todo)
-    bar = tqdm(total=len(todo), bar_format="{l_bar}{bar}| {n:.2f}/{total} runs [{elapsed}<{remaining}]")
+    before = sum(run.share() for run in todo)
+    bar = tqdm(total=len(todo), initial=before, bar_format="{l_bar}{bar}| {n:.2f}/{total} runs [{elapsed}<{remaining}]")
     there = cluster(todo, options.address, options.cpus, options.gpus) if options.address else here(todo, options.jobs)
     try:
         for finished in there:
@@ -305,6 +316,7 @@ def main(argv: list[str] | None = None) -> int:
             bar.n = len(todo) - len(running) + sum(run.share() for run in running)
             bar.refresh()
     except KeyboardInterrupt:
+        there.close()  # which ends what runs
         print("\ncampaign.py: interrupted; the same command goes on", file=sys.stderr)
         return 130
     bar.close()

@@ -4,10 +4,9 @@
     python runs/controllers.py --only mpe_simple_spread         # one
     python runs/controllers.py --port --prey-tag simple_tag.pt --prey-world simple_world.pt
 
-    random, still   uniform actions; zeros
-    scripted        spread: each agent steers, by a PD law, for a landmark of its own, so that their ways are shortest
-                    in total; or always for the same one (fixed assignment). tag, world: for a place of its own around
-                    the prey, a third of a circle apart, turned so that nobody has to go round
+    random          uniform actions; standing still: zeros
+    scripted        spread: each agent steers for a landmark of its own, so that their ways are shortest in total; or
+                    always for the same one (fixed assignment). tag, world: for a place of its own around the prey
     straight        tag, world: at the prey, at full force
     ... way         omar_simple_spread_6: by the assignment with the shortest way
                     in total, or by one of the ten shortest: the same for all, or each agent draws its own
@@ -31,7 +30,7 @@ from campaign import RESULTS, record
 from common.envs import BadInput, evaluate, make_env, make_vec, mix_seed
 from scripts import BEST, PURSUIT, pursuit, spread, still, uniform, walk
 
-BOTH = {"random": uniform, "still": still}
+BOTH = {"random": uniform, "standing still": still}
 CONTROLLERS = {
     **dict.fromkeys(("mpe_simple_spread", "mpe_simple_spread_n4"), BOTH | {"scripted": spread}),
     **dict.fromkeys(("mamujoco_halfcheetah_2x3", "mamujoco_ant_2x4", "mamujoco_walker2d_2x3"), BOTH),

@@ -3,15 +3,14 @@
     python runs/speed.py                                       # both programs at their presets: updates, acting, growth
     python runs/speed.py --programs omad --env-id mamujoco_ant_2x4 --tables update
 
-Versions of the same step are timed in turns, within one process: eager; on a GPU also as a CUDA graph and as a graph of
-compiled networks. An update has everything that training does for it: draw, sample, losses, optimisers. Columns:
+Versions of a step are timed in turns, within one process: eager; on a GPU also as a CUDA graph and as a graph of
+compiled networks. An update has all that training does for it. Columns:
 
     operations   that torch dispatches, without views: exact on any machine, and what a small network's time is made of
     ms           the median over the turns
     ratio        time of the first version / time of this one, median over the turns: holds on a noisy machine
-    share        floor / time. The floor is the time of the matrix products at the rate of one large product or of the
-                 compulsory traffic at that of one large copy, measured here, whichever is longer. Compulsory: to read
-                 every weight, to read and write what Adam and averages keep, and the rows of the batch
+    share        floor / time. The floor is the time of the matrix products at the rate of one large product, or of the
+                 traffic that weights, optimisers and batch need at that of one large copy, whichever is longer
     gib          of GPU memory that this version took
 """
 

@@ -115,6 +115,43 @@ def test_a_failing_run_is_named_and_the_others_go_on(tiny, capsys):
     assert "finished: tiny/mpe_simple_spread/gaussian/1" in out
 
 
+SCRIPT = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {runs!r})
+import campaign
+broken = campaign.Part("omad", ["mpe_simple_spread"], dict(broken="--v-min 5 --v-max 1"), [1], {tiny!r}, "200 steps")
+tiny = "--total-updates 4 --eval-every 2 --eval-episodes 2 --policy-hidden 8 --critic-hidden 8 --batch-size 4"
+settings = dict(imitation={{"K = 2": "--solver-steps 2"}})
+variants = dict(imitation="--q-weight 0")
+good = campaign.Part("dom2", ["my data"], variants, [1], tiny, "", dict(imitation=2.0), settings)
+gone = campaign.Part("dom2", ["no data"], variants, [1], tiny)
+campaign.EXPERIMENTS = dict(mixed=[broken, gone, good])
+source = dict(flags="--dataset {data} --env-id omar_simple_spread", script={maker!r})
+campaign.SOURCES = {{"my data": source, "no data": source | dict(script="nothing.py")}}
+campaign.__file__ = __file__
+sys.exit(campaign.main())
+"""
+
+
+@pytest.mark.slow
+def test_processes_of_their_own(tmp_path, data):
+    """A run fails, the data of another cannot be made, and a third goes on: with fresh episodes, settings and shifts."""
+    (tmp_path / "maker.py").write_text(f"open({str(tmp_path / 'made')!r}, 'w')")
+    words = dict(runs=str(ROOT / "runs"), tiny=TINY, data=data, maker=str(tmp_path / "maker.py"))
+    (tmp_path / "script.py").write_text(SCRIPT.format(**words))
+    command = [sys.executable, str(tmp_path / "script.py"), "mixed", "--results", str(tmp_path), "--jobs", "2"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and "2 of 3 runs failed" in done.stderr
+    assert "failed: mixed/mpe_simple_spread/broken/1: omad.py: error:" in done.stdout
+    assert "failed: mixed/no data" in done.stdout and "nothing.py" in done.stdout and (tmp_path / "made").exists()
+    (fresh,) = (tmp_path / "mixed").rglob("fresh.csv")
+    rows = campaign.rows_of(fresh)
+    assert [(row["setting"], row["episodes"]) for row in rows] == [(x, "1000") for x in ("usual", "K = 2", "speed")]
+    assert len({row["return_mean"] for row in rows}) == 3 and not (fresh.parent / "curve.png").exists()
+    assert json.loads((fresh.parent / "config.json").read_text())["args"]["total_updates"] == 8
+
+
 def test_flags_are_relative_or_times_as_many():
     find = lambda experiment, on, variant: next(
         run for run in campaign.declared((experiment,)) if (run.on, run.variant) == (on, variant)
@@ -148,14 +185,16 @@ def test_minutes_become_steps(tiny, monkeypatch):
     assert omad.parse(flags[0][:-2]).learning_starts == 1000 and omad.parse(flags[0][:-2]).total_timesteps == 2000
 
 
+def test_seed_by_seed_and_all_words(tiny, tmp_path, capsys):
+    campaign.EXPERIMENTS["tiny"][0].variants["diffusion"] = ""
+    assert [run.seed for run in campaign.declared(("tiny",))] == [1, 1, 2, 2]
+    assert tiny("--only", "gaussian", "/2") == 0 and [p.parts[-3] for p in tmp_path.rglob("fresh.csv")] == ["gaussian"]
+    assert tiny("--only", "gaussian", "nosuch") == 2 and "0 runs" in capsys.readouterr().out
+
+
 def test_names_are_checked(capsys):
     assert campaign.main(["sprad"]) == 2 and "there are smoke, spread" in capsys.readouterr().err
     assert campaign.main(["--one", "spread/x/y/1"]) == 1 and "no such run" in capsys.readouterr().err
-
-
-def kill(process, sign=signal.SIGKILL):
-    os.killpg(process.pid, sign)
-    process.wait()
 
 
 def smoke(folder, *flags):
@@ -183,10 +222,13 @@ def undisturbed(tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_killed_campaign_goes_on(undisturbed, tmp_path):
-    process = smoke(tmp_path, "--jobs", "2")
-    while len(list(tmp_path.rglob("eval.csv"))) < 2:
-        time.sleep(0.2)
-    kill(process)
+    for sign in (signal.SIGKILL, signal.SIGTERM):
+        process = smoke(tmp_path, "--jobs", "2")
+        while len(list(tmp_path.rglob("eval.csv"))) < 2:
+            time.sleep(0.2)
+        os.killpg(process.pid, sign) if sign == signal.SIGKILL else process.terminate()
+        assert process.wait() == (-9 if sign == signal.SIGKILL else 130)
+    time.sleep(2)  # a run that outlives its runner would hold the lock
     assert not list(tmp_path.rglob("fresh.csv"))
     assert smoke(tmp_path, "--jobs", "2").wait() == 0
     assert curves(tmp_path) == curves(undisturbed)

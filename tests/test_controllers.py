@@ -132,7 +132,10 @@ def test_rows_take_the_place_of_older_ones(results, monkeypatch):
 
 def test_the_port_is_compared_with_what_was_measured_there(results, monkeypatch):
     returns = np.random.default_rng(0).normal(150.0, 60.0, 40_000)
-    monkeypatch.setattr(controllers, "play", lambda env_id, *rest, prey: returns - 100 * bool(prey))
+    uniform = controllers.uniform
+    monkeypatch.setattr(
+        controllers, "play", lambda env_id, who, *_, prey: (returns - 100 * bool(prey)) * (who is uniform)
+    )
     monkeypatch.setattr(controllers, "make_env", lambda env_id, prey: None)
     assert controllers.main(["--port", "--prey-tag", "file"]) == 0
     spread, *tag, world = results("omar_port.csv")

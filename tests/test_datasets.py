@@ -1333,4 +1333,11 @@ def test_tables_are_made_of_cards(made, tmp_path, monkeypatch, capsys):
     assert cells[:2] == ["`omar_simple_spread-random`", "800"] and len(head.split("|")) == len(first.split("|"))
     assert cells[2] == f"{card['return']['mean']:,.0f} ± {card['return']['std']:,.0f}" and cells[5] == "160 ± 60"
     assert "medium-replay" in second and "97,500" in second
-    assert len(cards.draw().axes) == 24
+    first = cards.draw().axes[0]
+    assert [line.get_xdata()[0] for line in first.lines] == [card["return"]["mean"], 160]
+    values, edges, _ = first.patches[0].get_data()
+    counts = card["histogram"]["counts"]
+    assert (edges[0], edges[-1]) == (card["histogram"]["first"], card["histogram"]["last"]) and len(values) == len(
+        counts
+    )
+    assert values.argmax() == np.argmax(counts) and (values * np.diff(edges)).sum() == pytest.approx(1)

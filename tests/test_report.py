@@ -1,0 +1,131 @@
+"""The statistics, verdicts and pictures of runs/report.py, on results whose outcome is known."""
+
+import sys
+
+import numpy as np
+import pytest
+
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "runs"))
+import report
+
+ARRAY = lambda *values: np.array(values, float)
+
+
+def test_interquartile_mean_and_interval():
+    assert report.iqm(ARRAY(1, 2, 3, 100)) == 2.5 and report.iqm(ARRAY(0, 1), ARRAY(2, 30)) == 1.5
+    assert report.interval(ARRAY(1, 2, 6)) == (1, 6)  # of so few the lowest and the highest
+    low, high = report.interval(*[ARRAY(0, 10)] * 50)  # seeds are drawn within each cell, not cells
+    assert 2 < low < 5 < high < 8
+    assert report.interval(*[ARRAY(5, 5), ARRAY(1, 1)] * 9) == (3, 3)
+    many = np.random.default_rng(0).normal(size=200)
+    low, high = report.interval(many)
+    assert high - low == pytest.approx(2 * 1.96 * 1.09 / 200**0.5, rel=0.2)  # 1.09: efficiency of the statistic
+
+
+def test_probability_of_improvement_counts_ties_by_half_and_cells_alike():
+    assert report.improvement(ARRAY(1, 2), ARRAY(1, 2)) == 0.5
+    assert report.improvement(ARRAY(3, 3), ARRAY(0, 4), ARRAY(1, 2, 3), ARRAY(4, 4)) == pytest.approx(
+        (5 / 6 + 1 / 4) / 2
+    )
+    low, high = report.interval(ARRAY(1, 2, 3, 4), ARRAY(3, 4, 5, 6), statistic=report.improvement)
+    assert low < report.improvement(ARRAY(1, 2, 3, 4), ARRAY(3, 4, 5, 6)) < high
+
+
+def test_welch():
+    assert (
+        report.welch(ARRAY(1, 2, 3), ARRAY(7, 8, 9)) == "loss" and report.welch(ARRAY(7, 8, 9), ARRAY(1, 2, 3)) == "win"
+    )
+    # Unequal spreads: Student's test, which assumes equal ones, would call this a win (p 0.03 against 0.09).
+    assert report.welch(ARRAY(0, 10, 20), np.linspace(-1, 1, 20) - 3) == "tie"
+    assert report.welch(ARRAY(5, 5), ARRAY(5, 5)) == "tie" and report.welch(ARRAY(9), ARRAY(1, 2)) == ""
+
+
+def test_numbers_and_cells():
+    assert report.number(-0.2, 0) == "0" and report.number(-1234.56) == "−1,234.6"
+    assert report.cell(ARRAY(), 0) == "–" and report.cell(ARRAY(3), 0) == "3 (1)"
+    assert report.cell(ARRAY(1, 2, 6)) == "3.0 [1.0, 6.0] (3)"
+    assert report.tally(["win", "", "loss", "win", "tie"]) == "2 – 1 – 1"
+
+
+@pytest.fixture
+def results(monkeypatch):
+    """Results in the place of those that are committed: fresh returns by experiment, task, variant and setting."""
+    known = {}
+
+    def read(experiment, on, variant):
+        values = known.get((experiment, variant), {"usual": []})
+        curve = lambda x: {"step": ARRAY(0, 10), "wall_time_s": ARRAY(0, 60), "return_mean": ARRAY(0, x)}
+        make = lambda i, x: report.Result(
+            f"x__omad__{i}__20260101-000000", {"args": {"seed": i}}, curve(x), {s: v[i] for s, v in values.items()}
+        )
+        return [make(i, x) for i, x in enumerate(values["usual"])]
+
+    monkeypatch.setattr(report, "read", read)
+    return known
+
+
+def offline(results, dom2, imitation, baseline, shifted=None):
+    for name, values in zip(report.METHODS, (dom2, imitation, baseline)):
+        there = {s: [x - 1 for x in (shifted or {}).get(name, values)] for s in ("speed", "random", "extreme")}
+        results["offline", name] = {"usual": list(values)} | there
+        results["shares", f"{name}-5"] = {"usual": list(values)}
+
+
+def verdict(claim):
+    row = next(line for line in report.verdicts().splitlines() if claim in line)
+    return row.split("**")[1]
+
+
+@pytest.mark.parametrize("ours, learns, better", [((-9, -10, -11), "yes", "yes"), ((-20, -9, -10), "no", None)])
+def test_verdicts_online(results, ours, learns, better):
+    offline(results, (1, 2), (1, 2), (1, 2))
+    results["spread", "diffusion"], results["spread", "gaussian"] = {"usual": ours}, {"usual": (-15, -15.5, -16)}
+    results["robots", "diffusion"], results["robots", "gaussian"] = {"usual": (900, 5000)}, {"usual": (9000, 9001)}
+    assert verdict("OMAD learns spread") == learns
+    rows = report.verdicts().splitlines()
+    following = rows[next(i for i, row in enumerate(rows) if "learns spread" in row) + 1]
+    assert ("beats" in following) == bool(better) and (not better or "**yes**" in following)
+    assert verdict("OMAD learns Ant") == "no" and verdict("OMAD learns HalfCheetah") == "no"  # its worst seed counts
+    results["robots", "diffusion"] = {"usual": (5000, 5001)}
+    rows = report.verdicts().splitlines()
+    assert verdict("OMAD learns Ant") == "yes" and "**no, it is behind**" in next(row for row in rows if "9,000" in row)
+
+
+def test_verdicts_offline(results):
+    for name in ("diffusion", "gaussian"):
+        results["spread", name] = results["robots", name] = {"usual": (1, 2)}
+    offline(results, (9000, 9001), (8000, 8001), (10, 11))
+    claims = ["more than its data", "more than imitation", "more than the baseline", "environment shifts", "5 %"]
+    assert [verdict(claim) for claim in claims] == ["mostly", "mostly", "mostly", "yes", "yes"]
+    offline(results, (-900, -901), (-900, -901), (9000, 9001))
+    assert [verdict(claim) for claim in claims] == ["no"] * 5
+    offline(results, (9000, 9001), (9, 10), (9, 10), shifted={"imitation": (9999, 9999)})
+    assert [verdict(claim) for claim in claims][3] == "no"
+
+
+def test_pictures_show_what_is_there(results):
+    results["spread", "diffusion"], results["spread", "gaussian"] = {"usual": (1, 2, 3)}, {"usual": (7, 8, 9)}
+    left, right = report.curves("spread", report.MPE).axes
+    for axis, end in ((left, 10), (right, 1)):
+        ours, other = axis.lines[:2]
+        assert (
+            ours.get_xdata().tolist() == [0, end] and ours.get_ydata().tolist() == [0, 2] and other.get_ydata()[1] == 8
+        )
+        box = axis.collections[0].get_paths()[0].get_extents()
+        assert (box.y0, box.y1, box.x1) == (0, 3, end)
+        words = {text.get_text(): text.xy[1] for text in axis.texts}
+        assert words["HATD3 after 200k steps"] == -13 and {"random", "scripted", "standing still"} < words.keys()
+    offline(results, (10, 20), (30, 40), (50, 60))
+    first = report.offline_figure().axes[0]
+    assert [line.get_ydata().tolist() for line in first.lines[1:4]] == [[10, 20], [30, 40], [50, 60]]
+    assert first.lines[0].get_ydata().tolist() == [report.data_return("omar_simple_spread-random")] * 2
+    bar, usual, there = report.shift_figure().axes[0].lines[:3]
+    assert list(bar.get_xdata()) == [15, 14] and usual.get_markerfacecolor() == "white"
+    assert (usual.get_xdata()[0], there.get_xdata()[0]) == (15, 14)
+
+
+def test_every_table_stands_in_one_document():
+    found = [name for path in report.DOCUMENTS for _, name, _, _ in report.MARKS.findall((ROOT / path).read_text())]
+    assert sorted(found) == sorted(report.TABLES)
