@@ -116,7 +116,12 @@ def test_rows_take_the_place_of_older_ones(results, monkeypatch):
     assert controllers.main(["--only", *tasks]) == 0
     before = results("controllers.csv")
     assert before[1] == dict(
-        task=tasks[0], setting="usual", controller="still", return_mean="2499.5", return_std="288.675", episodes="1000"
+        task=tasks[0],
+        setting="usual",
+        controller="standing still",
+        return_mean="2499.5",
+        return_std="288.675",
+        episodes="1000",
     )
     fresh = mix_seed(1000, 1)
     settings = [("mpe_simple_spread", 1000, fresh, "")] * 3 + [("mamujoco_ant_2x4", 20, fresh, "")] * 2
