@@ -332,7 +332,7 @@ def verdicts() -> str:
         told = f"{tally(found)} (wins – ties – losses); normalised {pooled[0]}, {other} {pooled[k + 1]}"
         add(f"… and more than {other}, in equal time", "mostly" if verdict else "no", told, runs, "dom2")
     best = sum(best_of(*where) == "dom2" for where in SHIFTED)
-    told = f"highest mean in {best} of {len(SHIFTED)} settings; the paper: in 28 [P]"
+    told = f"highest mean in {best} of {len(SHIFTED)} settings; the paper: in 28"
     add("… and is best where the environment shifts", "yes" if best > 20 else "no", told, runs, "dom2")
     few, everything, runs = shares()[5][0], shares()[100][2], read("shares", SHARED, "dom2-5")
     verdict, told = iqm(few) >= iqm(everything), f"{cell(few)}; baseline, all data: {cell(everything)}"
