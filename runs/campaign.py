@@ -284,6 +284,7 @@ class Options:
 
 def main(argv: list[str] | None = None) -> int:
     global where
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # also of a run, so that what it has started ends too
     options = tyro.cli(Options, args=argv)
     where = options.results.resolve()
     if unknown := [name for name in options.experiments if name not in EXPERIMENTS]:
@@ -302,7 +303,6 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{len(chosen)} runs, of which {sum(run.share() == 1 for run in chosen)} are there", flush=True)
     if not (todo := [run for run in chosen if run.share() < 1]):
         return 0 if chosen else 2
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     failed, running = 0, set(todo)
     before = sum(run.share() for run in todo)
     bar = tqdm(total=len(todo), initial=before, bar_format="{l_bar}{bar}| {n:.2f}/{total} runs [{elapsed}<{remaining}]")

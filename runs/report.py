@@ -163,10 +163,10 @@ def made(runs: Iterable[Result]) -> str:
     """What the cells are, and the hardware and dates of the runs."""
     runs = list(runs)
     days = sorted(re.sub(r"(....)(..)(..)", r"\1-\2-\3", run.folder.split("__")[3][:8]) for run in runs)
-    machines = "; ".join(sorted({run.config.get("machine", CPU) for run in runs}))
+    machines = sorted({re.sub("x86_64, 2 cores(, no GPU)?", CPU, run.config.get("machine", CPU)) for run in runs})
     when = " to ".join(dict.fromkeys((days[0], days[-1])))
     what = "Interquartile mean [95 % interval; of two or three seeds the lowest and the highest] (seeds)"
-    return f"*{what}. {machines}; {when}.*"
+    return f"*{what}. {'; '.join(machines)}; {when}.*"
 
 
 def minutes(*runs: Result) -> str:
@@ -346,7 +346,7 @@ def tiers() -> str:
     campaign = "`python runs/campaign.py robots"
     some = {
         "`python omad.py`": ("spread", MPE, "diffusion"),
-        f"{campaign} --only halfcheetah/diffusion --seeds 1`": ("robots", CHEETAH, "diffusion"),
+        f"{campaign} --only halfcheetah_2x3/diffusion --seeds 1`": ("robots", CHEETAH, "diffusion"),
     }
     some["`python dom2.py`"] = ("offline", f"{SPREAD}-medium", "dom2")
     rows = [["one CPU core", say, minutes(*read(*run)), cell(fresh(*run), 0)] for say, run in some.items()]

@@ -93,7 +93,7 @@ def test_verdicts_online(results, ours, learns, better):
     assert verdict("OMAD learns Ant") == "yes" and "**no, it is behind**" in next(row for row in rows if "9,000" in row)
 
 
-def test_verdicts_offline(results):
+def test_verdicts_offline(results, monkeypatch):
     for name in ("diffusion", "gaussian"):
         results["spread", name] = results["robots", name] = {"usual": (1, 2)}
     offline(results, (9000, 9001), (8000, 8001), (10, 11))
@@ -101,6 +101,14 @@ def test_verdicts_offline(results):
     assert [verdict(claim) for claim in claims] == ["mostly", "mostly", "mostly", "yes", "yes"]
     offline(results, (-900, -901), (-900, -901), (9000, 9001))
     assert [verdict(claim) for claim in claims] == ["no"] * 5
+    worse = lambda dataset: dataset.endswith("-random")  # four data sets of 24
+    monkeypatch.setattr(report, "against", lambda dataset, *_: ["loss", "loss"] if worse(dataset) else ["win", "tie"])
+    assert [verdict(claim) for claim in claims[1:3]] == ["mostly", "no"]
+    worse = lambda dataset: "random" in dataset  # eight: twice as many wins, not more
+    assert verdict(claims[1]) == "no"
+    monkeypatch.setattr(report, "data_return", lambda dataset: 0.0 if "expert" in dataset else 9999.0)  # 8 of 24 above
+    offline(results, (9000, 9001), (8000, 8001), (10, 11))
+    assert verdict(claims[0]) == "no"
     offline(results, (9000, 9001), (9, 10), (9, 10), shifted={"imitation": (9999, 9999)})
     assert [verdict(claim) for claim in claims][3] == "no"
 
