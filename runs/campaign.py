@@ -81,7 +81,7 @@ class Run:
     @property
     def place(self) -> Path:
         """The folder of the variant, with a run for every seed."""
-        return where / self.experiment / self.on / self.variant.replace(" ", "_")
+        return where / self.experiment / self.on / re.sub(r"[^\w.-]+", "_", self.variant)
 
     @property
     def total(self) -> str:

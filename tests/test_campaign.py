@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -190,6 +191,15 @@ def test_seed_by_seed_and_all_words(tiny, tmp_path, capsys):
     assert [run.seed for run in campaign.declared(("tiny",))] == [1, 1, 2, 2]
     assert tiny("--only", "gaussian", "/2") == 0 and [p.parts[-3] for p in tmp_path.rglob("fresh.csv")] == ["gaussian"]
     assert tiny("--only", "gaussian", "nosuch") == 2 and "0 runs" in capsys.readouterr().out
+
+
+def test_places_can_stand_on_a_command_line():
+    """A program takes what follows = for a value."""
+    places = {(run.place, run.part) for run in campaign.declared()}
+    assert not [place for place, _ in places if re.search(r"[\s=,()/]", place.name)]
+    assert len({place for place, _ in places}) == len(
+        {(run.experiment, run.on, run.variant) for run in campaign.declared()}
+    )
 
 
 def test_names_are_checked(capsys):
