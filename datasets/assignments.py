@@ -6,7 +6,6 @@ The motivating example of DOM2's paper, as far as we know it. The data are episo
 at the start of each it draws one of the 10 assignments (of 120) of agents to landmarks with the shortest way in total,
 and walks there, a little noisily. So an agent that stands still at the start has several good ways to go, and their
 mean is none.
-
 """
 
 import shutil

@@ -86,7 +86,8 @@ def walk(envs, start: np.ndarray, rng: np.random.Generator, best: int, alone=Fal
     return lambda obs: script(obs, goal)
 
 
-PURSUIT = {  # landmarks; then distance from the prey, gain, damping, how far ahead of it to aim: found by the cross-entropy method
+# Landmarks; then distance from the prey, gain, damping, how far ahead of it to aim: found by the cross-entropy method.
+PURSUIT = {
     "omar_simple_tag": (2, (0.0895, 5.76, 0.846, 0.0829)),
     "omar_simple_world": (5, (0.0789, 4.57, 0.779, 0.0922)),
 }

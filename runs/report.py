@@ -149,9 +149,9 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]], *notes: str) -> st
     return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows) + "".join(f"\n\n{note}" for note in notes)
 
 
-def plain(files: str, columns: dict[str, str], keep: Callable[[dict], bool] = lambda row: True) -> str:
-    """A table of the rows of csv files: the heads of its columns, and formats of the values in them."""
-    rows = [row for file in files.split() for row in rows_of(RESULTS / f"{file}.csv") if keep(row)]
+def plain(file: str, columns: dict[str, str], keep: Callable[[dict], bool] = lambda row: True) -> str:
+    """A table of the rows of a csv file: the heads of its columns, and formats of the values in them."""
+    rows = [row for row in rows_of(RESULTS / f"{file}.csv") if keep(row)]
     for row in rows:
         row |= {key: short(row[key]) for key in ("task", "dataset") if key in row}
         row |= {"policy": {"diffusion": "DOM2"}.get(row["policy"], name(row["policy"]))} if "policy" in row else {}
@@ -159,9 +159,8 @@ def plain(files: str, columns: dict[str, str], keep: Callable[[dict], bool] = la
     return table(columns, [[minus(form.format(**row)) for form in columns.values()] for row in rows])
 
 
-def made(runs: Iterable[Result]) -> str:
+def made(runs: list[Result]) -> str:
     """What the cells are, and the hardware and dates of the runs."""
-    runs = list(runs)
     days = sorted(re.sub(r"(....)(..)(..)", r"\1-\2-\3", run.folder.split("__")[3][:8]) for run in runs)
     machines = sorted({re.sub("x86_64, 2 cores(, no GPU)?", CPU, run.config.get("machine", CPU)) for run in runs})
     when = " to ".join(dict.fromkeys((days[0], days[-1])))
@@ -209,9 +208,9 @@ def visited(steps: int = 250_000, size: float = 1.0) -> list[tuple[Result, str, 
 
 def coverage() -> str:
     """A share is of the bins that any of the runs visited: it depends on which runs there are."""
-    union = len(np.unique(np.concatenate([bins for _, _, bins, _ in visited()]), axis=0))
-    rows = []
-    for run, policy, bins, counts in visited():
+    rows, found = [], visited()
+    union = len(np.unique(np.concatenate([bins for _, _, bins, _ in found]), axis=0))
+    for run, policy, bins, counts in found:
         seed, share = run.config["args"]["seed"], len(bins) / union
         rows.append([name(policy), seed, f"{counts.sum():,}", f"{len(bins):,}", f"{share:.0%}"])
     head = ["policy", "seed", "training steps", "bins of 1 m² visited", f"of all {union:,} that any run visited"]
@@ -251,7 +250,7 @@ def dom2_returns(experiment: str) -> str:
 
 def dom2_summary() -> str:
     """Over all data sets."""
-    scores = {m: [normalize(d.partition("-")[0], fresh("offline", d, m)) for d in DATA] for m in METHODS}
+    scores = {method: normalised(method) for method in METHODS}
     rows = []
     for method, own in scores.items():
         took = minutes(*(run for dataset in DATA for run in read("offline", dataset, method)))
@@ -270,6 +269,7 @@ def dom2_summary() -> str:
 
 
 SHIFTED = [(dataset, shift) for dataset in DATA for shift in offers_shift(dataset.partition("-")[0])]
+normalised = lambda method: [normalize(d.partition("-")[0], fresh("offline", d, method)) for d in DATA]
 best_of = lambda dataset, shift: max(METHODS, key=lambda m: iqm(fresh("offline", dataset, m, shift)))
 
 
@@ -325,7 +325,7 @@ def verdicts() -> str:
     above = sum(iqm(offline(dataset)[0]) > data_return(dataset) for dataset in DATA)
     told, verdict = f"on {above} of {len(DATA)} data sets ({len(runs)} runs)", above > 2 * (len(DATA) - above)
     add("DOM2 earns more than its data", "mostly" if verdict else "no", told, runs, "dom2")
-    pooled = [number(iqm(*(normalize(d.partition("-")[0], fresh("offline", d, m)) for d in DATA))) for m in METHODS]
+    pooled = [number(iqm(*normalised(method))) for method in METHODS]
     for k, other in enumerate(("imitation", "the baseline")):
         found = [against(dataset)[k] for dataset in DATA]
         verdict = found.count("win") > 2 * found.count("loss")
@@ -347,8 +347,8 @@ def tiers() -> str:
     some = {
         "`python omad.py`": ("spread", MPE, "diffusion"),
         f"{campaign} --only halfcheetah_2x3/diffusion --seeds 1`": ("robots", CHEETAH, "diffusion"),
+        "`python dom2.py`": ("offline", f"{SPREAD}-medium", "dom2"),
     }
-    some["`python dom2.py`"] = ("offline", f"{SPREAD}-medium", "dom2")
     rows = [["one CPU core", say, minutes(*read(*run)), cell(fresh(*run), 0)] for say, run in some.items()]
     rows += [["one GPU", "`python omad.py --env-id mamujoco_ant_2x4`", "not measured", "not measured"]]
     rows += [["cluster", f"{campaign} --address auto`", "not measured", "not measured"]]
@@ -412,11 +412,12 @@ def curves(experiment: str, *tasks: str) -> Figure:
 
 def coverage_figure() -> Figure:
     """A map for each run, one below the other: robots run along x."""
-    everywhere = np.concatenate([bins for _, _, bins, _ in visited()])
+    found = visited()
+    everywhere = np.concatenate([bins for _, _, bins, _ in found])
     low, high = everywhere.min(0) - 1, everywhere.max(0) + 2
-    figure = Figure(figsize=(9, 1.7 * len(visited())), layout="constrained")
-    axes = figure.subplots(len(visited()), sharex=True)
-    for axis, (run, policy, bins, counts) in zip(axes, visited()):
+    figure = Figure(figsize=(9, 1.7 * len(found)), layout="constrained")
+    axes = figure.subplots(len(found), sharex=True)
+    for axis, (run, policy, bins, counts) in zip(axes, found):
         grid = np.full(high - low, np.nan)
         grid[tuple((bins - low).T)] = counts
         edges = [np.arange(low[i], high[i] + 1) for i in range(2)]
@@ -433,11 +434,11 @@ def offline_figure() -> Figure:
     figure = Figure(figsize=(11, 6.4), layout="constrained")
     for axis, task in zip(figure.subplots(2, 2).flat, (SPREAD, TAG, WORLD, ROBOT)):
         for i, dataset in enumerate(f"{task}-{split}" for split in SPLITS):
-            label = (lambda text: text) if not i else (lambda text: None)
-            axis.plot([i - 0.4, i + 0.4], [data_return(dataset)] * 2, "k", lw=1, label=label("mean of the data"))
+            mean, label = data_return(dataset), None if i else "mean of the data"
+            axis.plot([i - 0.4, i + 0.4], [mean, mean], "k", lw=1, label=label)
             for k, (method, values) in enumerate(zip(METHODS, offline(dataset))):
                 x = i + 0.24 * (k - 1) + 0.04 * (np.arange(len(values)) - len(values) / 2 + 0.5)  # beside each other
-                axis.plot(x, values, f"C{k}o", ms=4, alpha=0.8, label=label(name(method)))
+                axis.plot(x, values, f"C{k}o", ms=4, alpha=0.8, label=None if i else name(method))
         axis.set_xticks(range(len(SPLITS)), [split.replace("-", "-\n") for split in SPLITS], fontsize=8)
         axis.set(title=name(task), ylabel="fresh return of a seed", ylim=(min(0, axis.get_ylim()[0]), None))
         axis.grid(axis="y", alpha=0.2)

@@ -90,7 +90,6 @@ def test_every_command_parses(command, run, monkeypatch, tmp_path):
         assert (ROOT / words[0]).exists()
         module = importlib.import_module((ROOT / words[0]).stem)
         if hasattr(module, "Options"):
-            tyro.cli(module.Options, args=words[1:])
             options = tyro.cli(module.Options, args=words[1:])
             if names := getattr(options, "experiments", ()):
                 assert any(all(word in run.name for word in options.only) for run in module.declared(names))
@@ -120,9 +119,8 @@ def test_the_readmes_python_runs(tmp_path, monkeypatch):
     fork, policy = (re.sub(r"^ {6}", "", block, flags=re.MULTILINE) for block in blocks)
     monkeypatch.chdir(ROOT)
     exec(policy, {})
-    short = [*SHORT[2:], "--run-dir", str(tmp_path)] if SHORT[0] == "--env-id" else [*SHORT, "--run-dir", str(tmp_path)]
     main = omad.main
-    monkeypatch.setattr(omad, "main", lambda flags: main([*flags, *short]))
+    monkeypatch.setattr(omad, "main", lambda flags: main([*flags, *SHORT, "--run-dir", str(tmp_path)]))
     monkeypatch.setattr(sys, "argv", ["mine.py"])
     from common.envs import TASKS
 
