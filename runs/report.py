@@ -48,6 +48,7 @@ NAMES = {MPE: "spread", "mpe_simple_spread_n4": "spread, four agents", DECEPTION
 NAMES |= {CHEETAH: "HalfCheetah 2x3", ANT: "Ant 2x4", WALKER: "Walker2d 2x3"}
 NAMES |= {SPREAD: "spread", TAG: "tag", WORLD: "world", ROBOT: "HalfCheetah"}
 NAMES |= {"diffusion": "OMAD", "gaussian": "Gaussian ablation", "dom2": "DOM2", "deterministic": "baseline"}
+NAMES |= {f"{task}-{split}": f"{NAMES[task]}, {split}" for task in SCORES for split in SPLITS}
 LEVELS = {MPE: -13.0, CHEETAH: 5300.0, ANT: 5400.0, WALKER: 4000.0}  # of HARL's HATD3: published.csv
 CPU = "One core of a shared two-core virtual machine (AMD EPYC), no GPU"  # of all runs that do not say their machine
 name = lambda key: NAMES.get(key, key)
@@ -153,7 +154,7 @@ def plain(file: str, columns: dict[str, str], keep: Callable[[dict], bool] = lam
     """A table of the rows of a csv file: the heads of its columns, and formats of the values in them."""
     rows = [row for row in rows_of(RESULTS / f"{file}.csv") if keep(row)]
     for row in rows:
-        row |= {key: short(row[key]) for key in ("task", "dataset") if key in row}
+        row |= {key: name(row[key]) for key in ("task", "dataset") if key in row}
         row |= {"policy": {"diffusion": "DOM2"}.get(row["policy"], name(row["policy"]))} if "policy" in row else {}
     minus = lambda text: re.sub(r"(?<!\w)-(?=\d)", "−", text)
     return table(columns, [[minus(form.format(**row)) for form in columns.values()] for row in rows])
@@ -218,11 +219,6 @@ def coverage() -> str:
 
 
 # Offline ==============================================================================================================
-def short(dataset: str) -> str:
-    task, _, split = dataset.partition("-")
-    return f"{name(task)}, {split}" if split else name(task)
-
-
 def against(dataset: str, setting: str = "usual") -> list[str]:
     """DOM2's verdicts against the other two."""
     ours, *theirs = offline(dataset, setting)
@@ -240,10 +236,11 @@ def dom2_returns(experiment: str) -> str:
         values = [np.array([run.fresh["usual"] for run in of]) for of in runs]
         score = number(normalize(dataset.partition("-")[0], iqm(values[0])), 0)
         best = " · ".join(number(np.mean([run.curve["return_mean"].max() for run in of]), 0) for of in runs)
+        best += f" ({' · '.join(str(len(of)) for of in runs)})"
         cells, told = [cell(v, 0) for v in values], [welch(values[0], other) for other in values[1:]]
-        rows.append([short(dataset), number(data_return(dataset), 0), *cells, *told, score, best])
+        rows.append([name(dataset), number(data_return(dataset), 0), *cells, *told, score, best])
     head = ["data set", "data", *map(name, METHODS), *(f"against {name(m)}" for m in OTHERS), "normalised"]
-    note = "*Best*: mean over seeds of a run's best own evaluation: DOM2 · imitation · baseline."
+    note = "*Best*: mean over seeds of a run's best own evaluation (seeds): DOM2 · imitation · baseline."
     totals = ["all", "", "", "", "", *(tally(row[k] for row in rows) for k in (5, 6)), "", ""]
     return table([*head, "best"], [*rows, totals], note, made(used)) if rows else "Not run yet."
 
@@ -279,7 +276,7 @@ def dom2_shift() -> str:
         kept = [iqm(there) / iqm(usual) for there, usual in zip(offline(dataset, shift), offline(dataset))]
         kept = " · ".join(f"{x:.0%}" for x in kept) if min(map(iqm, offline(dataset))) > 20 else "–"
         cells = [cell(values, 0) for values in offline(dataset, shift)]
-        rows.append([f"{short(dataset)}: {shift}", *cells, *against(dataset, shift), kept])
+        rows.append([f"{name(dataset)}: {shift}", *cells, *against(dataset, shift), kept])
     totals = [tally(row[k] for row in rows) for k in (4, 5)]
     best = f"highest in {sum(best_of(*where) == 'dom2' for where in SHIFTED)} of {len(rows)}"
     head = ["setting", *map(name, METHODS), *(f"against {name(m)}" for m in OTHERS), "share kept by each"]
@@ -325,7 +322,7 @@ def verdicts() -> str:
     above = sum(iqm(offline(dataset)[0]) > data_return(dataset) for dataset in DATA)
     told, verdict = f"on {above} of {len(DATA)} data sets ({len(runs)} runs)", above > 2 * (len(DATA) - above)
     add("DOM2 earns more than its data", "mostly" if verdict else "no", told, runs, "dom2")
-    pooled = [number(iqm(*normalised(method))) for method in METHODS]
+    pooled = [f"{number(iqm(*cells))} ({sum(map(len, cells))} runs)" for cells in map(normalised, METHODS)]
     for k, other in enumerate(("imitation", "the baseline")):
         found = [against(dataset)[k] for dataset in DATA]
         verdict = found.count("win") > 2 * found.count("loss")
