@@ -1,15 +1,9 @@
 """Runs experiments: what is missing, and the rest of what was interrupted; on this machine or on a cluster.
 
-    python runs/campaign.py                                     # the experiments, and how much of each is there
-    python runs/campaign.py spread --jobs 2                     # one experiment, two runs side by side
-    python runs/campaign.py robots --only walker2d gaussian     # only runs with these words in their names
-    python runs/campaign.py robots --address auto --gpus 0.25   # on a Ray cluster, four runs on each GPU
-    python runs/campaign.py --one robots/mamujoco_ant_2x4/gaussian/1     # this run alone, in this process
-
-An experiment is data: see experiments.toml. A run is named experiment/task/variant/seed. It trains as a user would
-start it, then plays fresh episodes, whose start states no run and no search used. Everything lies in
-runs/results/<experiment>/<task or data set>/<variant>/<run>/; with fresh.csv in it a run is finished. A run that fails
-is named, the others go on, and the exit code is 1.
+An experiment is data: see experiments.toml; commands are in README.md. A run is named experiment/task/variant/seed. It
+trains as a user would start it, then plays fresh episodes, whose start states no run and no search used. Everything
+lies in runs/results/<experiment>/<task or data set>/<variant>/<run>/; with fresh.csv in it a run is finished. A run
+that fails is named, the others go on, and the exit code is 1.
 """
 
 import contextlib
@@ -211,13 +205,12 @@ def work(run: Run) -> None:
 def here(todo: list[Run], jobs: int) -> Iterator[list[tuple[Run, str]]]:
     """On this machine, each in a process of its own. Yields every second what has finished, and what went wrong."""
     running, waiting = {}, list(todo)
-    command = lambda run: [sys.executable, str(Path(__file__).resolve()), "--one", run.name, "--results", str(where)]
+    command = [sys.executable, str(Path(__file__).resolve()), "--results", str(where), "--one"]
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
         while running or waiting:
             for run in [waiting.pop(0) for _ in range(min(jobs - len(running), len(waiting)))]:
-                running[run] = subprocess.Popen(
-                    command(run), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-                )
+                running[run] = subprocess.Popen([*command, run.name], **quiet)
             time.sleep(1)
             done = {run: running.pop(run) for run in list(running) if running[run].poll() is not None}
             said = {run: (process.stderr.read().strip() or "killed").splitlines()[-1] for run, process in done.items()}

@@ -1,10 +1,7 @@
 """How fast OMAD and DOM2 are here, and how near that is to what the machine can do.
 
-    python runs/speed.py                                       # both programs at their presets: updates, acting, growth
-    python runs/speed.py --programs omad --env-id mamujoco_ant_2x4 --tables update
-
-Versions of a step are timed in turns, within one process: eager; on a GPU also as a CUDA graph and as a graph of
-compiled networks. An update has all that training does for it. Columns:
+Commands are in speed.md. Versions of a step are timed in turns, within one process: eager; on a GPU also as a CUDA graph
+and as a graph of compiled networks. An update has all that training does for it. Columns:
 
     operations   that torch dispatches, without views: exact on any machine, and what a small network's time is made of
     ms           the median over the turns
@@ -133,19 +130,13 @@ class Bench:
                     with FlopCounterMode(display=False) as counter:
                         run()
                     flops = counter.get_total_flops() / count
-                operations = count_operations(run) / count
                 ratio = statistics.median(a / b for a, b in zip(next(iter(times.values())), times[version]))
                 seconds = statistics.median(times[version]) / count
-                row = dict(operations=operations, ratio=ratio, gib=gib[version])
-                if flops is not None:
-                    row["share"] = max(flops / self.rates[0], traffic / self.rates[1]) / seconds
-                self.tell(label, what, version, seconds, **row)
-
-    def tell(self, label: str, what: str, version: str, seconds: float, **numbers: float | None) -> None:
-        numbers["ms"] = 1e3 * seconds
-        cells = ["" if numbers.get(name) is None else f"{numbers[name]:.4g}" for name in COLUMNS[3:]]
-        self.rows.append([label, what, version, *cells])
-        print(f"{f'{label}: {what}, {version}':60s}" + "".join(f"{cell:>11s}" for cell in cells), flush=True)
+                share = None if flops is None else max(flops / self.rates[0], traffic / self.rates[1]) / seconds
+                numbers = (count_operations(run) / count, 1e3 * seconds, ratio, share, gib[version])  # as in COLUMNS
+                cells = ["" if number is None else f"{number:.4g}" for number in numbers]
+                self.rows.append([label, what, version, *cells])
+                print(f"{f'{label}: {what}, {version}':60s}" + "".join(f"{cell:>11s}" for cell in cells), flush=True)
 
 
 def acting(module, args, env, policy: torch.nn.Module) -> dict[str, Step]:
