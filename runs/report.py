@@ -1,15 +1,10 @@
-"""Makes every table and figure of the documents from the raw files that lie beside them.
-
-    python runs/report.py             # writes them: tables between their marks in the documents, and the pictures
-    python runs/report.py --check     # changes nothing; says what differs, with exit code 1
+"""Writes every table, between its marks, and every picture of the documents, from the raw files that lie beside them.
 
 Statistics over seeds are those of Agarwal et al. (arXiv 2108.13264): interquartile mean, 95 % interval by stratified
 bootstrap, probability of improvement. Single cells are compared by Welch's test at 5 %. A picture carries a checksum.
 """
 
-import csv
 import hashlib
-import itertools
 import json
 import re
 import sys
@@ -29,6 +24,7 @@ from scipy import stats
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "datasets")]
+import campaign
 import cards
 import omad
 from common.datasets import SCORES, SPLITS, normalize
@@ -42,6 +38,7 @@ MPE, DECEPTION = "mpe_simple_spread", "mpe_simple_adversary"
 CHEETAH, ANT, WALKER = "mamujoco_halfcheetah_2x3", "mamujoco_ant_2x4", "mamujoco_walker2d_2x3"
 SPREAD, TAG, WORLD, ROBOT = SCORES
 SHARED, SIX = f"{SPREAD}-expert", "omar_simple_spread_6-assignments"
+MEASURED = ["fresh return", "last evaluation", "best evaluation"]
 METHODS = ("dom2", "imitation", "deterministic")
 DATA, OTHERS = [f"{task}-{split}" for task in SCORES for split in SPLITS], METHODS[1:]
 NAMES = {MPE: "spread", "mpe_simple_spread_n4": "spread, four agents", DECEPTION: "physical deception"}
@@ -49,6 +46,8 @@ NAMES |= {CHEETAH: "HalfCheetah 2x3", ANT: "Ant 2x4", WALKER: "Walker2d 2x3"}
 NAMES |= {SPREAD: "spread", TAG: "tag", WORLD: "world", ROBOT: "HalfCheetah"}
 NAMES |= {"diffusion": "OMAD", "gaussian": "Gaussian ablation", "dom2": "DOM2", "deterministic": "baseline"}
 NAMES |= {f"{task}-{split}": f"{NAMES[task]}, {split}" for task in SCORES for split in SPLITS}
+TIMED = NAMES | {"omad": "OMAD", "growth": "N agents", "diffusion": "K = 8", "unet": "K = 5", "mlp": "K = 5, MLP"}
+TIMED |= {"critic update": "critics' update", "act in 1": "one decision", "act in 256": "256 decisions at once"}
 LEVELS = {MPE: -13.0, CHEETAH: 5300.0, ANT: 5400.0, WALKER: 4000.0}  # of HARL's HATD3: published.csv
 CPU = "One core of a shared two-core virtual machine (AMD EPYC), no GPU"  # of all runs that do not say their machine
 name = lambda key: NAMES.get(key, key)
@@ -68,7 +67,7 @@ class Result:
 def rows_of(path: Path) -> list[dict]:
     """Of a csv file, with numbers as numbers."""
     value = lambda text: float(text) if re.fullmatch(r"-?[\d.]+(e-?\d+)?", text) else text
-    return [{key: value(text) for key, text in row.items()} for row in csv.DictReader(path.open())]
+    return [{key: value(text) for key, text in row.items()} for row in campaign.rows_of(path)]
 
 
 @cache
@@ -94,9 +93,8 @@ def offline(dataset: str, setting: str = "usual") -> list[np.ndarray]:
 
 def data_return(dataset: str) -> float:
     """Mean return of the data that the runs learned from: HalfCheetah's differ from machine to machine."""
-    here, card = RESULTS / "offline" / dataset / "data.json", ROOT / "datasets" / "cards" / f"{dataset}.json"
-    found = json.loads((here if here.exists() else card).read_text())
-    return found["return_mean"] if here.exists() else found["return"]["mean"]
+    here, card = RESULTS / "offline" / dataset / "data.json", cards.read_cards()[dataset]
+    return json.loads(here.read_text())["return_mean"] if here.exists() else card["return"]["mean"]
 
 
 # Statistics ===========================================================================================================
@@ -150,14 +148,22 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]], *notes: str) -> st
     return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows) + "".join(f"\n\n{note}" for note in notes)
 
 
-def plain(file: str, columns: dict[str, str], keep: Callable[[dict], bool] = lambda row: True) -> str:
+def plain(file: str, columns: dict[str, str], keep: Callable[[dict], bool] = lambda row: True, **words: str) -> str:
     """A table of the rows of a csv file: the heads of its columns, and formats of the values in them."""
-    rows = [row for row in rows_of(RESULTS / f"{file}.csv") if keep(row)]
-    for row in rows:
-        row |= {key: name(row[key]) for key in ("task", "dataset") if key in row}
-        row |= {"policy": {"diffusion": "DOM2"}.get(row["policy"], name(row["policy"]))} if "policy" in row else {}
+    known, rows = NAMES | words, [row for row in rows_of(RESULTS / f"{file}.csv") if keep(row)]
+    rows = [{key: known.get(value, value) for key, value in row.items()} for row in rows]
     minus = lambda text: re.sub(r"(?<!\w)-(?=\d)", "−", text)
     return table(columns, [[minus(form.format(**row)) for form in columns.values()] for row in rows])
+
+
+def speed() -> str:
+    """Two of the script's tables time how presets act: the first time is shown."""
+    rows = {}
+    for row in rows_of(RESULTS / "speed_cpu.csv"):
+        words = f"{row['label']} {row['version']}".replace(" eager", "").split(maxsplit=2)
+        key = tuple(TIMED.get(word, word) for word in [*words, row["what"]])
+        rows.setdefault(key, [*key, f"{row['operations']:,.0f}", f"{row['ms']:.3g}", f"{row['share']:.0%}"])
+    return table(["program", "task", "policies", "what", "operations", "ms", "share"], rows.values())
 
 
 def made(runs: list[Result]) -> str:
@@ -174,22 +180,36 @@ def minutes(*runs: Result) -> str:
 
 
 # Online ===============================================================================================================
+def measured(task: str, runs: list[Result]) -> list[str]:
+    """Cells."""
+    values = [(run.fresh["usual"], run.curve["return_mean"][-1], run.curve["return_mean"].max()) for run in runs]
+    return [cell(column, 2 if "mpe" in task else 0) for column in np.reshape(values, (-1, 3)).T]
+
+
 def online(experiment: str, *tasks: str) -> str:
     """A row for each task and policy."""
-    rows, used = [], []
-    for task, policy in itertools.product(tasks, ("diffusion", "gaussian")):
-        if not (runs := read(experiment, task, policy)):
-            continue
-        used, digits, level = used + runs, 2 if "mpe" in task else 0, LEVELS.get(task, np.inf)
-        hits = [(run, np.flatnonzero(run.curve["return_mean"] >= level)) for run in runs]
+    there = [(task, policy, read(experiment, task, policy)) for task in tasks for policy in ("diffusion", "gaussian")]
+    rows, there = [], [known for known in there if known[2]]
+    for task, policy, runs in there:
+        hits = [(run, np.flatnonzero(run.curve["return_mean"] >= LEVELS.get(task, np.inf))) for run in runs]
         times = [run.curve["wall_time_s"][hit[0]] / 60 for run, hit in hits if len(hit)]
         reached = f"{len(times)} of {len(runs)}" + (f", after {number(np.median(times))} min" if times else "")
-        ends = [np.array([pick(run.curve["return_mean"]) for run in runs]) for pick in (lambda x: x[-1], np.max)]
-        cells = [cell(values, digits) for values in (fresh(experiment, task, policy), *ends)]
-        steps = f"{runs[0].curve['step'][-1]:,.0f}"
+        steps, cells = f"{runs[0].curve['step'][-1]:,.0f}", measured(task, runs)
         rows.append([name(task), name(policy), steps, *cells, reached if task in LEVELS else "–", minutes(*runs)])
-    head = ["task", "policy", "steps", "fresh return", "last evaluation", "best evaluation", "HATD3's level", "minutes"]
-    return table(head, rows, made(used))
+    head = ["task", "policy", "steps", *MEASURED, "HATD3's level", "minutes"]
+    return table(head, rows, made([run for *_, runs in there for run in runs]))
+
+
+def compared(experiment: str, tasks: dict[str, str], default: str = "diffusion") -> str:
+    """A row for each variant, the default first; `tasks` says which experiment has the default's runs on each."""
+    rows, used, folders = [], [], {run.variant: run.place.name for run in campaign.declared((experiment,))}
+    for variant, folder in ({default: default} | folders).items():
+        found = {task: read(other if variant == default else experiment, task, folder) for task, other in tasks.items()}
+        cells = [[*measured(task, runs)[:2], minutes(*runs)] for task, runs in found.items()]
+        rows.append([name(variant), *sum(cells, [])])
+        used.append(sum(found.values(), []))
+    head = [f"{name(task)}: {what}" for task in tasks for what in (*MEASURED[:2], "minutes")]
+    return table(["variant", *head], rows, made(sum(used, []))) if any(used[1:]) else "Not run yet."
 
 
 def fewer_steps() -> str:
@@ -232,7 +252,7 @@ def dom2_returns(experiment: str) -> str:
         runs = [read("offline" if method == "dom2" else experiment, dataset, method) for method in METHODS]
         if not all(runs):
             continue
-        used += itertools.chain(*runs)
+        used += sum(runs, [])
         values = [np.array([run.fresh["usual"] for run in of]) for of in runs]
         score = number(normalize(dataset.partition("-")[0], iqm(values[0])), 0)
         best = " · ".join(number(np.mean([run.curve["return_mean"].max() for run in of]), 0) for of in runs)
@@ -300,21 +320,6 @@ def dom2_assignments() -> str:
     return table(["", *map(name, METHODS), "scripts"], rows, made(used))
 
 
-# Speed ================================================================================================================
-TIMED = NAMES | {"omad": "OMAD", "growth": "N agents", "diffusion": "K = 8", "unet": "K = 5", "mlp": "K = 5, MLP"}
-TIMED |= {"critic update": "critics' update", "act in 1": "one decision", "act in 256": "256 decisions at once"}
-
-
-def speed() -> str:
-    """Two of the script's tables time how presets act: the first time is shown."""
-    rows = {}
-    for row in rows_of(RESULTS / "speed_cpu.csv"):
-        words = f"{row['label']} {row['version']}".replace(" eager", "").split(maxsplit=2)
-        key = tuple(TIMED.get(word, word) for word in [*words, row["what"]])
-        rows.setdefault(key, [*key, f"{row['operations']:,.0f}", f"{row['ms']:.3g}", f"{row['share']:.0%}"])
-    return table(["program", "task", "policies", "what", "operations", "ms", "share"], rows.values())
-
-
 # The README ===========================================================================================================
 def verdicts() -> str:
     """Does it work?"""
@@ -372,6 +377,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "verdicts": verdicts, "tiers": tiers, "omad-steps": fewer_steps,
     "omad-spread": lambda: online("spread", MPE), "omad-longer": lambda: online("longer", MPE),
     "omad-adversary": lambda: online("adversary", DECEPTION),
+    "omad-ablations": lambda: compared("ablations", {MPE: "spread", CHEETAH: "ablations"}),
     "omad-robots": lambda: online("robots", CHEETAH, WALKER, ANT),
     "omad-scripts": lambda: plain("controllers", CONTROLLER | {"episodes": "{episodes:,.0f}"},
                                   lambda row: not row["task"].startswith("omar")),
@@ -385,7 +391,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "dom2-belief": lambda: plain("belief", {
         "data set": "{dataset}", "policies": "{policy}", "seed": "{seed:.0f}", "return of 10 episodes": "{return_mean:,.0f}",
         "believed": "{believed:,.0f}", "earned": "{earned:,.0f}", "of the data's actions": "{data:,.1f}",
-        "of its own": "{own:,.1f}", "actions beyond 0.99": "{edge:.0%}"}),
+        "of its own": "{own:,.1f}", "actions beyond 0.99": "{edge:.0%}"}, diffusion="DOM2"),
     "speed-cpu": speed,
     "dom2-scripts": lambda: plain("controllers", CONTROLLER, lambda row: row["task"] == SPREAD),
     "datasets": cards.dataset_table, "policies": cards.policy_table, "port": cards.port_table,

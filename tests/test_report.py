@@ -1,5 +1,6 @@
 """The statistics, verdicts and pictures of runs/report.py, on results whose outcome is known."""
 
+import re
 import sys
 
 import numpy as np
@@ -111,6 +112,35 @@ def test_verdicts_offline(results, monkeypatch):
     assert verdict(claims[0]) == "no"
     offline(results, (9000, 9001), (9, 10), (9, 10), shifted={"imitation": (9999, 9999)})
     assert [verdict(claim) for claim in claims][3] == "no"
+
+
+def test_variants_are_compared_with_the_default(monkeypatch):
+    known = {("spread", report.MPE, "diffusion"): (-9.0, -10.0, -11.0)}
+
+    def read(*where):
+        curve = lambda x: {"wall_time_s": ARRAY(0, 600, 60 * abs(x)), "return_mean": ARRAY(0, x + 2, x + 1)}
+        make = lambda i, x: report.Result(f"x__omad__{i}__2026010{i}-000000", {}, curve(x), {"usual": x})
+        return [make(i, x) for i, x in enumerate(known.get(where, ()), 1)]
+
+    monkeypatch.setattr(report, "read", read)
+    assert report.TABLES["omad-ablations"]() == "Not run yet."  # the default alone compares nothing
+    known["ablations", report.CHEETAH, "diffusion"] = (5000.0,)
+    known["ablations", report.MPE, "K_1"] = (-20.0, -24.0)
+    head, _, *lines = report.TABLES["omad-ablations"]().partition("\n\n")[0].splitlines()
+    assert head.count("fresh return | ") == head.count("last evaluation | ") == head.count("minutes |") == 2
+    rows = {cells[1]: cells[2:-1] for cells in (re.split(r" ?\| ?", line) for line in lines)}
+    assert [*rows][:4] == ["OMAD", "K = 1", "K = 2", "K = 4"] and [*rows][-1] == "target networks" and len(rows) == 12
+    first = ["−10.00 [−11.00, −9.00] (3)", "−9.00 [−10.00, −8.00] (3)", "10.0"]
+    assert rows["OMAD"] == [*first, "5,000 (1)", "5,001 (1)", "5,000.0"]
+    assert rows["K = 1"] == ["−22.00 [−24.00, −20.00] (2)", "−21.00 [−23.00, −19.00] (2)", "22.0", *"–––"]
+    assert rows["K = 2"] == [*"––––––"]
+
+
+def test_times_are_said_once_in_plain_words():
+    head, _, *lines = report.speed().splitlines()
+    keys = [tuple(line.split(" | ")[:4]) for line in lines]
+    assert len(set(keys)) == len(keys) and "| OMAD | spread | K = 8 | one decision | 112 | 0.511 | 3% |" in lines
+    assert not re.search("eager|_|omad|dom2|unet|mlp", " ".join(lines))
 
 
 def test_pictures_show_what_is_there(results):
