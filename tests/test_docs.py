@@ -4,6 +4,8 @@ import contextlib
 import importlib
 import re
 import shlex
+import shutil
+import subprocess
 import sys
 
 import pytest
@@ -12,9 +14,10 @@ from matplotlib.figure import Figure
 
 import dom2
 import omad
-from conftest import ROOT, SHORT
+from conftest import ROOT, SHORT, caller
 
 sys.path[:0] = [str(ROOT / "runs"), str(ROOT / "datasets")]
+import campaign
 import report
 
 DOCUMENTS = sorted(path for path in ROOT.rglob("*.md") if not {".venv", "venv", ".git"} & set(path.parts))
@@ -63,27 +66,18 @@ def test_a_table_that_differs_is_found(tmp_path, monkeypatch, capsys):
     assert report.main(check=True) == 1
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """Folders runs/RUN of both programs, for the commands that name one."""
-    folder = tmp_path_factory.mktemp("runs")
-    assert omad.main([*SHORT, "--run-dir", str(folder / "runs")]) == 0
-    return next((folder / "runs").glob("*__omad__*"))
+PROGRAMS = {"omad.py": omad, "dom2.py": dom2, "runs/campaign.py": campaign}
 
 
 @pytest.mark.parametrize("command", sorted(commands()))
-def test_every_command_parses(command, run, monkeypatch, tmp_path):
+def test_every_command_parses(command, finished, monkeypatch):
     words = shlex.split(command)[1:]
     if words[0] in ("omad.py", "dom2.py"):
-        if words[0] == "dom2.py" and any("RUN" in word for word in words):  # the flags are what is looked at
-            words = [word for word in words if word not in ("--evaluate", "--resume") and "RUN" not in word]
-            words = [word for word in words if not {"--shift", "speed"} & {word}]
-        words = [
-            str(run) if "RUN" in word else word.replace("FILE", "x").replace("FOLDER", str(tmp_path)) for word in words
-        ]
+        run, _ = finished[words[0].removesuffix(".py")]
+        words = [str(run) if "RUN" in word else word for word in words]
         monkeypatch.chdir(ROOT)
         with contextlib.suppress(SystemExit) if "--help" in words else contextlib.nullcontext():
-            {"omad.py": omad, "dom2.py": dom2}[words[0]].parse(words[1:])
+            PROGRAMS[words[0]].parse(words[1:])
     elif words[0] == "-m":
         assert words[1] == "pytest" and all((ROOT / word).exists() for word in words[2:] if word.startswith("tests/"))
     elif words[0].endswith(".py"):
@@ -97,20 +91,34 @@ def test_every_command_parses(command, run, monkeypatch, tmp_path):
         raise AssertionError(f"what is {command}?")
 
 
-SMOKE = next(command for command in commands() if "--total-timesteps 3000" in command)
+SECONDS = [command for command in commands() if re.search("--(help|list-tasks|evaluate|resume)", command)]
+SECONDS += ["python runs/campaign.py"]
+A_MINUTE = [  # or less; not datasets/convert.py, which needs others' data or packages, and controllers.py takes longer
+    "python omad.py --total-timesteps 3000 --learning-starts 400 --eval-every 1000 --eval-episodes 10 --policy-hidden 16",
+    "python datasets/collect.py --dataset omar_simple_spread-medium",
+    "python datasets/assignments.py",
+    "python runs/belief.py runs/RUN1 runs/RUN2",
+    "python runs/speed.py",
+    "python runs/speed.py --tables update --turns 5",
+]
 
 
-@pytest.mark.parametrize("command", [
-    "python omad.py --list-tasks",
-    "python dom2.py --evaluate runs/policies/omar_simple_spread-medium.pt --eval-episodes 10",
-    pytest.param(SMOKE, marks=pytest.mark.slow),
-])  # fmt: skip
-def test_commands_that_take_seconds_run(command, tmp_path, monkeypatch, capsys):
-    assert SMOKE in " ".join(TEXTS[ROOT / "README.md"].split())
-    monkeypatch.chdir(ROOT)
+@pytest.mark.parametrize("command", [*sorted(SECONDS), *(pytest.param(x, marks=pytest.mark.slow) for x in A_MINUTE)])
+def test_commands_that_take_less_than_a_minute_run(command, finished, tmp_path, monkeypatch, capsys):
+    """In a copy, so that nothing here is written to."""
+    assert command in commands()
     program, *flags = shlex.split(command)[1:]
-    flags += ["--run-dir", str(tmp_path)] if command == SMOKE else []
-    assert {"omad.py": omad, "dom2.py": dom2}[program].main(flags) == 0, capsys.readouterr().err
+    ignored = shutil.ignore_patterns(".*", "*venv*", "__pycache__", "data", "*__omad__*", "*__dom2__*")
+    shutil.copytree(ROOT, tmp_path, ignore=ignored, dirs_exist_ok=True)
+    for run in re.findall(r"runs/RUN\d?", command):
+        shutil.copytree(finished["omad" if program == "omad.py" else "dom2"][0], tmp_path / run)
+    monkeypatch.chdir(tmp_path)
+    if program in PROGRAMS:
+        code, _, error = caller(PROGRAMS[program].main, tmp_path, capsys)(*flags, run_dir=False)
+    else:
+        done = subprocess.run([sys.executable, program, *flags], capture_output=True, text=True)
+        code, error = done.returncode, done.stderr
+    assert code == 0, error
 
 
 def test_the_readmes_python_runs(tmp_path, monkeypatch):
