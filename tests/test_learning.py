@@ -49,7 +49,12 @@ def test_the_toy_is_what_it_says():
 
 @pytest.mark.parametrize(
     "policy, seed",
-    [("diffusion", 1), ("gaussian", 1), *(pytest.param("diffusion", s, marks=pytest.mark.slow) for s in range(2, 6))],
+    [
+        ("diffusion", 1),
+        ("dime", 1),
+        ("gaussian", 1),
+        *(pytest.param("diffusion", s, marks=pytest.mark.slow) for s in range(2, 6)),
+    ],
 )
 def test_two_coordinated_modes(cli, tmp_path, monkeypatch, policy, seed):
     """At least 95 % of the optimum: both agents commit to the same mode, and precisely."""
