@@ -81,6 +81,7 @@ class Args:
     n_atoms: int = 100  # Z, atoms of the return distribution
     v_min: float = -1000.0  # smallest representable return
     v_max: float = 1000.0  # largest; must exceed the largest discounted return with entropy bonus
+    random_critics: bool = False  # start the critics' last layers at random; else at zero [deviation D7]
     bn_warmup: int = 100_000  # critic updates with plain batch normalisation before renormalisation sets in
     tau: float = 0.0  # averaging rate of slow target critics; 0: none, but a joint forward pass
     alpha: float = 1.0  # start value of the temperature
@@ -98,7 +99,7 @@ MPE = dict(
 ROBOT = dict(observation="full", v_min=-1000.0, v_max=1000.0)
 # OMAR's tasks make offline data, on a CPU [deviation D1]. Steps of many copies of a particle world cost almost nothing.
 OMAR = MPE | dict(num_envs=32, updates_per_step=0.0625, eval_every=4_000, learning_starts=4_000, alpha=0.1)
-SUITES = {"mpe": MPE, "mamujoco": ROBOT, "omar": OMAR}
+SUITES = {"mpe": MPE, "mamujoco": ROBOT, "omar": OMAR, "doors": OMAR | dict(gamma=1.0, v_min=-2.0, v_max=4.0)}
 OWN = {  # what else a task has [deviation D1]; in MaMuJoCo a robot, with all its partitions
     **dict.fromkeys(("mpe_simple", "mpe_simple_speaker_listener"), dict(v_min=-90.0)),
     **dict.fromkeys(("mpe_simple_spread_n4", "mpe_simple_reference"), dict(v_min=-60.0)),
@@ -132,9 +133,9 @@ def preset(env_id: str) -> Args:
 class ParallelLinear(nn.Module):
     """N linear layers side by side, one per agent or critic, as one batched product: x [N, B, in] -> [N, B, out]."""
 
-    def __init__(self, n: int, n_in: int, n_out: int):
+    def __init__(self, n: int, n_in: int, n_out: int, scale: float = 1.0):
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(n, n_in, n_out) / math.sqrt(n_in))
+        self.weight = nn.Parameter(torch.randn(n, n_in, n_out) * scale / math.sqrt(n_in))
         self.bias = nn.Parameter(torch.zeros(n, 1, n_out))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -152,11 +153,11 @@ class DiffusionPolicy(nn.Module):
         n, o, a, hidden = len(obs_sizes), max(obs_sizes), max(action_sizes), args.policy_hidden
         real = torch.arange(a) < torch.tensor(action_sizes)[:, None]  # [N, A]
         self.register_buffer("action_mask", real.float()[:, None], persistent=False)  # [N, 1, A]
-        # The first layer is the sum of x's, of o's, computed once a chain, and of a bias for each step [deviation D3].
-        self.in_x, self.in_obs = ParallelLinear(n, a, hidden), ParallelLinear(n, o, hidden)
+        # The first layer: x's part, o's, used once a chain, and that of H embedded steps, a bias each [deviation D3].
+        self.in_x, self.in_obs = (ParallelLinear(n, i, hidden, math.sqrt(i / (a + o + hidden))) for i in (a, o))
         self.in_step = nn.Parameter(0.5 * torch.randn(n, args.denoising_steps, hidden))
-        self.hidden1, self.hidden2, self.out = (ParallelLinear(n, hidden, size) for size in (hidden, hidden, a))
-        nn.init.normal_(self.out.weight, std=1e-4)  # near zero [DIME]
+        self.hidden1, self.hidden2 = ParallelLinear(n, hidden, hidden), ParallelLinear(n, hidden, hidden)
+        self.out = ParallelLinear(n, hidden, a, scale=1e-3)  # near zero [DIME]
         # K. With other `steps` than trained the chain walks the same stretch of time in longer or shorter ones.
         self.steps, self.dime = steps or args.denoising_steps, args.policy == "dime"
         time = torch.arange(self.steps + 1)[:, None, None, None] / self.steps  # [K + 1, 1, 1, 1], from 0 to 1
@@ -227,8 +228,8 @@ class GaussianPolicy(nn.Module):
         real = torch.arange(a) < torch.tensor(action_sizes)[:, None]  # [N, A]
         self.register_buffer("action_mask", real.float()[:, None], persistent=False)  # [N, 1, A]
         self.in_obs, self.steps = ParallelLinear(n, o, hidden), 0
-        self.hidden1, self.hidden2, self.out = (ParallelLinear(n, hidden, size) for size in (hidden, hidden, 2 * a))
-        nn.init.normal_(self.out.weight, std=1e-4)
+        self.hidden1, self.hidden2 = ParallelLinear(n, hidden, hidden), ParallelLinear(n, hidden, hidden)
+        self.out = ParallelLinear(n, hidden, 2 * a, scale=1e-3)
 
     noise = DiffusionPolicy.noise  # [1, B, N, A]
 
@@ -285,8 +286,7 @@ class Critic(nn.Module):
         norm = lambda size: BatchRenorm(2, size, args.bn_warmup)
         self.norm0, self.layer1 = norm(n_in), ParallelLinear(2, n_in, hidden)
         self.norm1, self.layer2 = norm(hidden), ParallelLinear(2, hidden, hidden)
-        self.norm2, self.out = norm(hidden), ParallelLinear(2, hidden, args.n_atoms)
-        nn.init.zeros_(self.out.weight)  # values start equal, in the middle of the support [deviation D7]
+        self.norm2, self.out = norm(hidden), ParallelLinear(2, hidden, args.n_atoms, scale=float(args.random_critics))
         self.register_buffer("atoms", torch.linspace(args.v_min, args.v_max, args.n_atoms), persistent=False)  # [Z]
 
     def forward(self, state: Tensor, action: Tensor) -> Tensor:
