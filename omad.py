@@ -81,7 +81,7 @@ class Args:
     n_atoms: int = 100  # Z, atoms of the return distribution
     v_min: float = -1000.0  # smallest representable return
     v_max: float = 1000.0  # largest; must exceed the largest discounted return with entropy bonus
-    random_critics: bool = False  # start the critics' last layers at random; else at zero [deviation D7]
+    random_critics: bool = False  # start the critics' last layers at random; else at zero [deviation D6]
     bn_warmup: int = 100_000  # critic updates with plain batch normalisation before renormalisation sets in
     tau: float = 0.0  # averaging rate of slow target critics; 0: none, but a joint forward pass
     alpha: float = 1.0  # start value of the temperature
@@ -91,14 +91,14 @@ class Args:
 
 # [deviation D1] MPE presets suit a laptop CPU: small networks, fewer updates, support and discount of 25-step episodes.
 MPE = dict(
-    total_timesteps=100_000, num_envs=8, eval_every=10_000, eval_episodes=100, learning_starts=2_000, gamma=0.95,
-    updates_per_step=0.25, policy_lr=1e-3, q_lr=1e-3, policy_hidden=64, critic_hidden=128, v_min=-30.0, v_max=10.0,
-    bn_warmup=5_000, alpha=0.005,
+    total_timesteps=200_000, num_envs=16, eval_every=10_000, eval_episodes=100, learning_starts=2_000, gamma=0.95,
+    updates_per_step=0.125, policy_lr=1e-3, q_lr=1e-3, denoising_steps=4, policy_hidden=64, critic_hidden=128,
+    v_min=-30.0, v_max=10.0, bn_warmup=5_000, alpha=0.005,
 )  # fmt: skip
 # MaMuJoCo has the sizes of the paper and of DIME, which want a GPU. Supports are symmetric: values then start near 0.
 ROBOT = dict(observation="full", v_min=-1000.0, v_max=1000.0)
 # OMAR's tasks make offline data, on a CPU [deviation D1]. Steps of many copies of a particle world cost almost nothing.
-OMAR = MPE | dict(num_envs=32, updates_per_step=0.0625, eval_every=4_000, learning_starts=4_000, alpha=0.1)
+OMAR = MPE | dict(total_timesteps=100_000, num_envs=32, updates_per_step=0.0625, eval_every=4_000, alpha=0.1)
 SUITES = {"mpe": MPE, "mamujoco": ROBOT, "omar": OMAR, "doors": OMAR | dict(gamma=1.0, v_min=-2.0, v_max=4.0)}
 OWN = {  # what else a task has [deviation D1]; in MaMuJoCo a robot, with all its partitions
     **dict.fromkeys(("mpe_simple", "mpe_simple_speaker_listener"), dict(v_min=-90.0)),
@@ -172,7 +172,7 @@ class DiffusionPolicy(nn.Module):
             self.register_buffer("signal", torch.cos(math.pi / 2 * 0.97 * (1 - time)), persistent=False)
 
     def coefficients(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """keep, gain, var, back, wide [K, N, 1, A]. Of DDPM [deviation D6]: u predicts x_K. If x_K ~ N(u, s^2), s
+        """keep, gain, var, back, wide [K, N, 1, A]. Of DDPM [deviation D5]: u predicts x_K. If x_K ~ N(u, s^2), s
         learned, and noise is added on the way back, then x_k ~ N(signal_k u, total_k), and a step inverts that exactly.
 
         [OMAD chain], `--policy dime`: u is a drift, with learned step sizes, and variance 2 eta_k both ways,
