@@ -323,13 +323,20 @@ def test_path_cost_of_the_untrained_chain(kind, cost):
 
 
 def test_gaussian_cost_is_the_exact_log_density():
+    """Of tanh(N(mean, std^2)), whose mean and std are read off without noise and with a little."""
     policy = make_policy("gaussian").double()
+    obs = normal(7, 3, 5).double() * masks(OBS_SIZES)
     with torch.no_grad():
-        action, path_cost = policy(torch.zeros(200_000, 3, 5).double(), policy.noise(200_000).double())
-    # The entropy of a squashed Gaussian by histogram, agent 1 has one dimension.
-    density, edges = np.histogram(action[:, 1, 0].numpy(), bins=400, range=(-1, 1), density=True)
-    entropy = -np.sum(density * np.log(density + 1e-12)) * (edges[1] - edges[0])
-    assert -path_cost[:, 1].mean().item() == pytest.approx(entropy, abs=0.02)
+        ask = lambda noise: policy(obs, torch.as_tensor(noise).double().expand(1, 7, 3, 3))
+        mean, little = torch.atanh(ask(0.0)[0]), torch.atanh(ask(1e-3)[0])
+        noise = normal(1, 7, 3, 3, seed=1).double()
+        action, path_cost = ask(noise)
+        for agent, a in enumerate(ACTION_SIZES):
+            law = Normal(mean[:, agent, :a], 1e3 * (little - mean)[:, agent, :a])
+            x = law.mean + law.stddev * noise[0, :, agent, :a]
+            np.testing.assert_allclose(action[:, agent, :a], torch.tanh(x), atol=1e-6)
+            np.testing.assert_allclose(path_cost[:, agent], (law.log_prob(x) - log_det(x)).sum(-1), atol=1e-5)
+        assert 0.02 < law.stddev.min() and law.mean.std() > 0.1  # of some width, and not the same for all
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 8, 16])
@@ -588,6 +595,8 @@ def test_untrained_critics_say_the_same_everywhere():
         agent.update(batch, agent.policy.noise(16))
     assert not any(torch.equal(p, start[name]) for name, p in agent.critic.named_parameters())
     assert (masses() @ agent.critic.atoms).std() > 1e-3
+    agent = OMAD(env, make_args(random_critics=True), torch.device("cpu"))
+    assert agent.critic.out.weight.std().item() == pytest.approx(8**-0.5, rel=0.1)
 
 
 # --- policies, temperature and updates ---
@@ -672,6 +681,19 @@ def test_an_update_changes_what_it_should(policy):
             assert (value != start[name]).flatten(1).any(1).all(), name
     assert agent.log_alpha != start["log_alpha"]
     assert {"losses/critic", "losses/policy", "losses/temperature"} <= set(logs)
+
+
+@pytest.mark.parametrize("kind", POLICIES)
+def test_policies_start_as_those_of_dime(kind):
+    """One first layer over x, o and H embedded steps, whose inputs are all as large; u is nearly 0 at the start."""
+    torch.manual_seed(0)
+    policy = POLICIES[kind]([300] * 3, [100] * 3, make_args(policy=kind, policy_hidden=200))
+    std = lambda name: dict(policy.named_parameters())[name].std().item()
+    inputs = 600 if kind in CHAINS else 300
+    wanted = {"in_obs.weight": inputs**-0.5, "hidden1.weight": 200**-0.5, "hidden2.weight": 200**-0.5}
+    wanted |= {"out.weight": 1e-3 * 200**-0.5} | ({"in_x.weight": inputs**-0.5} if kind in CHAINS else {})
+    assert {name: std(name) for name in wanted} == pytest.approx(wanted, rel=0.02)
+    assert not any(p.any() for name, p in policy.named_parameters() if name.endswith("bias"))
 
 
 # --- replay ---

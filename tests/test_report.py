@@ -129,7 +129,7 @@ def test_variants_are_compared_with_the_default(monkeypatch):
     head, _, *lines = report.TABLES["omad-ablations"]().partition("\n\n")[0].splitlines()
     assert head.count("fresh return | ") == head.count("last evaluation | ") == head.count("minutes |") == 2
     rows = {cells[1]: cells[2:-1] for cells in (re.split(r" ?\| ?", line) for line in lines)}
-    assert [*rows][:4] == ["OMAD", "K = 1", "K = 2", "K = 4"] and [*rows][-1] == "target networks" and len(rows) == 12
+    assert [*rows][:4] == ["OMAD", "K = 1", "K = 2", "K = 8"] and [*rows][-1] == "target networks" and len(rows) == 12
     first = ["−10.00 [−11.00, −9.00] (3)", "−9.00 [−10.00, −8.00] (3)", "10.0"]
     assert rows["OMAD"] == [*first, "5,000 (1)", "5,001 (1)", "5,000.0"]
     assert rows["K = 1"] == ["−22.00 [−24.00, −20.00] (2)", "−21.00 [−23.00, −19.00] (2)", "22.0", *"–––"]
