@@ -67,7 +67,7 @@ def test_two_coordinated_modes(cli, tmp_path, monkeypatch, policy, seed):
         "--learning-starts 400 --policy-lr 2e-3 --q-lr 2e-3 --policy-hidden 16 --critic-hidden 32 --n-atoms 41 "
         "--v-min -10 --v-max 3 --gamma 0.99 --bn-warmup 100 --alpha 0.01 --alpha-lr 3e-3 --device cpu"
     )
-    flags += " --denoising-steps 8" if policy == "dime" else ""  # the published number; with the 4 of the preset it fails
+    flags += " --denoising-steps 8" if policy == "dime" else ""  # as published; the preset's 4 are too few
     code, out, err = cli(*flags.split())
     assert code == 0, err
     (run,) = tmp_path.glob("mpe_two_modes__*")

@@ -206,7 +206,7 @@ def linear_chain(kind, slope, offset, steps, size, trained_with=0):
 
 
 def bound_and_entropy(kind, slope, offset, steps, size, samples=50_000):
-    """The bound -E[C], the true entropy of the action, from the same samples and the exact Gaussian of x_K, and this."""
+    """The bound -E[C], the true entropy from the same samples and the exact Gaussian of x_K, and its mean and std."""
     with torch.no_grad():
         noise = normal(steps + 1, samples, 1, 1).double()
         chain = linear_chain(kind, slope, offset, steps, size)
@@ -267,9 +267,9 @@ def test_bound_of_dime_is_tight_for_the_equilibrium_gaussian():
 @pytest.mark.parametrize("steps", [2, 3])
 @pytest.mark.parametrize("kind", CHAINS)
 def test_bound_of_a_curved_chain_against_numerical_integration(kind, steps):
-    """With a u that is -1.5 on the left and 1.5 on the right: the density of x_K is that of x_0, pushed through the steps
-    on a grid. Its entropy is above the bound, whose every term is an integral over two neighbours; the policy's own
-    samples have both."""
+    """With a u that is -1.5 on the left and 1.5 on the right: the density of x_K is that of x_0, pushed through the
+    steps on a grid. Its entropy is above the bound, whose every term is an integral over two neighbours; the policy's
+    own samples have both."""
     policy = written_chain(kind, steps, 0.4)
     policy.in_x.weight.data[0, 0, :2] = 2.0  # u is the difference of two GELUs, one a little to the right of the other
     policy.in_obs.bias.data[0, 0, :2] = torch.tensor([1.0, -1.0])
@@ -644,8 +644,8 @@ def test_alpha_moves_the_right_way(scale, direction):
 
 @pytest.mark.parametrize("kind", POLICIES)
 def test_the_temperature_target_counts_real_dimensions_and_starts_from_the_noise(kind):
-    """For each of speaker's 3 and listener's 2, whatever the policies: 4, less the entropy of x_0, as x_0's density is a
-    part of C. The gradient of log alpha is alpha (target - mean)."""
+    """For each of speaker's 3 and listener's 2, whatever the policies: 4, less the entropy of x_0, as x_0's density is
+    a part of C. The gradient of log alpha is alpha (target - mean)."""
     env, agent = env_and_agent(policy=kind, alpha=2.0)
     target = 5 * (4 - Normal(0.0, 2.5).entropy().item())
     loss, logs = agent.temperature_loss(torch.tensor(target + 0.5))
