@@ -542,7 +542,7 @@ def train(args: Args, envs: gym.vector.VectorEnv | None = None) -> None:
             obs, info = envs.reset(seed=mix_seed(args.seed, step))  # so that a resumed run is the same [deviation D4]
             state = info["state"]
         # Act.
-        uniform = lambda: torch.rand(envs.action_space.shape, device=device).cpu().numpy() * 2 - 1
+        uniform = lambda: (torch.rand(envs.action_space.shape, device=device).cpu().numpy() * 2 - 1) * env.action_mask
         action = act(obs) if step >= args.learning_starts else uniform()
         # Learn from what is stored by now: a GPU does it while the environments step.
         if step > args.learning_starts:
