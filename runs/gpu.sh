@@ -14,6 +14,8 @@ while [ $# -gt 1 ]; do
 done
 [ $# -eq 0 ] || { echo "runs/gpu.sh: what is $1? See its first lines" >&2; exit 2; }
 mkdir -p "$out"
+export TORCHINDUCTOR_CACHE_DIR=$(mktemp -d) # a cache of its own: a compiler that is cut off leaves half a file
+trap 'rm -rf "$TORCHINDUCTOR_CACHE_DIR"' EXIT
 
 keep() { # SECONDS NAME COMMAND...: what the command prints, as NAME.txt; of one that fails or takes longer as NAME.failed
   local limit=$1 file=$out/$2
