@@ -36,11 +36,12 @@ else
 fi
 train=(python omad.py --env-id $task --device "$device" --eval-episodes 1)
 keep 240 parity python -m pytest -q tests/test_gpu.py "${tests[@]}"
-keep 60 speed_omad python runs/speed.py --programs omad --env-id $task --output "$out/speed_omad.csv" "${speed[@]}"
-for data in spread halfcheetah_2x3; do
-  flags=(--dataset omar_${data/spread/simple_spread}-medium --output "$out/speed_dom2_$data.csv")
-  keep 60 speed_dom2_$data python runs/speed.py --programs dom2 "${flags[@]}" "${speed[@]}"
-done
+table() { # NAME FLAGS...
+  keep 60 "speed_$1" python runs/speed.py "${@:2}" --output "$out/speed_$1.csv" "${speed[@]}"
+}
+table omad --programs omad --env-id $task
+table dom2_spread --programs dom2 --dataset omar_simple_spread-medium
+table dom2_halfcheetah_2x3 --programs dom2 --dataset omar_halfcheetah_2x3-medium
 keep 60 graph "${train[@]}" "${steps[@]}" --run-dir "$out/graph"
 for seed in 1 2 3 4; do # side by side
   keep 120 four_$seed "${train[@]}" "${steps[@]}" --run-dir "$out/four" --seed $seed &

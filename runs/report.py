@@ -93,8 +93,8 @@ def offline(dataset: str, setting: str = "usual") -> list[np.ndarray]:
 
 def data_return(dataset: str) -> float:
     """Mean return of the data that the runs learned from: HalfCheetah's differ from machine to machine."""
-    here, card = RESULTS / "offline" / dataset / "data.json", cards.read_cards()[dataset]
-    return json.loads(here.read_text())["return_mean"] if here.exists() else card["return"]["mean"]
+    own = RESULTS / "offline" / dataset / "data.json"
+    return json.loads(own.read_text())["return_mean"] if own.exists() else cards.read_cards()[dataset]["return"]["mean"]
 
 
 # Statistics ===========================================================================================================
@@ -120,10 +120,13 @@ def welch(ours: np.ndarray, theirs: np.ndarray) -> str:
     """win, tie or loss of the first; "" with fewer than two seeds of either."""
     if min(len(ours), len(theirs)) < 2:
         return ""
-    same = ours.std() + theirs.std() == 0 or stats.ttest_ind(ours, theirs, equal_var=False).pvalue >= 0.05
-    return "tie" if same else "win" if ours.mean() > theirs.mean() else "loss"
+    same = ours.std() + theirs.std() == 0
+    return decided(ours.mean() - theirs.mean(), 1.0 if same else stats.ttest_ind(ours, theirs, equal_var=False).pvalue)
 
 
+ends = lambda cells, digits=1: ", ".join(number(end, digits) for end in interval(*cells))
+pooled = lambda cells, digits=1: f"{number(iqm(*cells), digits)} [{ends(cells, digits)}]"
+decided = lambda more, pvalue: "tie" if not pvalue < 0.05 else "win" if more > 0 else "loss"
 tally = lambda verdicts: " – ".join(str(verdicts.count(word)) for word in ("win", "tie", "loss"))
 mostly = lambda verdicts: verdicts.count("win") > 2 * verdicts.count("loss")
 
@@ -137,8 +140,7 @@ def cell(values: np.ndarray, digits: int = 1) -> str:
     """Interquartile mean [interval] (seeds)."""
     if not len(values):
         return "–"
-    between = ", ".join(number(end, digits) for end in interval(values))
-    return number(iqm(values), digits) + (f" [{between}]" if len(values) > 1 else "") + f" ({len(values)})"
+    return (pooled([values], digits) if len(values) > 1 else number(values[0], digits)) + f" ({len(values)})"
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]], *notes: str) -> str:
@@ -283,7 +285,6 @@ def dom2_summary() -> str:
 
 
 SHIFTED = [(dataset, shift) for dataset in DATA for shift in offers_shift(dataset.partition("-")[0])]
-pooled = lambda cells: f"{number(iqm(*cells))} [{', '.join(map(number, interval(*cells)))}]"
 normalised = lambda method: [normalize(d.partition("-")[0], fresh("offline", d, method)) for d in DATA]
 best_of = lambda dataset, shift: max(METHODS, key=lambda m: iqm(fresh("offline", dataset, m, shift)))
 
@@ -337,9 +338,8 @@ def verdicts() -> str:
         told, runs = f"ablation {cell(ablation, digits)}", read(experiment, task, "gaussian")
         add("… and beats its Gaussian ablation there", word[welch(ours, ablation)], told, runs, "omad") if learns else 0
     runs = [run for dataset in DATA for run in read("offline", dataset, "dom2")]
-    sure = lambda ours, level: stats.ttest_1samp(ours, level).pvalue < 0.05
-    found = [(offline(dataset)[0], data_return(dataset)) for dataset in DATA]
-    found = ["tie" if not sure(*pair) else "win" if pair[0].mean() > pair[1] else "loss" for pair in found]
+    pairs = [(offline(dataset)[0], data_return(dataset)) for dataset in DATA]
+    found = [decided(ours.mean() - level, stats.ttest_1samp(ours, level).pvalue) for ours, level in pairs]
     told = f"{tally(found)} (above – undecided – below, data sets)"
     add("DOM2 earns more than its data", "mostly" if mostly(found) else "no", told, runs, "dom2")
     scores = [f"{pooled(own)} ({sum(map(len, own))})" for own in map(normalised, METHODS)]
@@ -492,12 +492,12 @@ def animation() -> list[Image.Image]:
     return [frame.resize((240, 240)).quantize(12) for frame in frames]
 
 
-files = lambda of: ["runs/results/controllers.csv", *(f"runs/results/{of}/**/*{x}" for x in ("csv", "data.json"))]
+finished = lambda of: ["runs/results/controllers.csv", *(f"runs/results/{of}/**/*{x}" for x in ("csv", "data.json"))]
 FIGURES: dict[str, tuple[Iterable[str], Callable]] = {  # picture -> the files that it shows, what draws it
-    "runs/results/spread.png": (files("spread"), lambda: curves("spread", MPE)),
-    "runs/results/robots.png": (files("robots"), lambda: curves("robots", CHEETAH, WALKER, ANT)),
-    "runs/results/offline.png": ([*files("offline"), "datasets/cards/*.json"], offline_figure),
-    "runs/results/shift.png": (files("offline"), shift_figure),
+    "runs/results/spread.png": (finished("spread"), lambda: curves("spread", MPE)),
+    "runs/results/robots.png": (finished("robots"), lambda: curves("robots", CHEETAH, WALKER, ANT)),
+    "runs/results/offline.png": ([*finished("offline"), "datasets/cards/*.json"], offline_figure),
+    "runs/results/shift.png": (finished("offline"), shift_figure),
     "runs/results/coverage.png": ((f"runs/results/robots/{ANT}/*/*/torso_xy.npy",), coverage_figure),
     "runs/results/spread.gif": ((f"runs/policies/{MPE}.pt",), animation),
     "datasets/returns.png": (("datasets/cards/*.json",), cards.draw),
