@@ -93,8 +93,8 @@ def offline(dataset: str, setting: str = "usual") -> list[np.ndarray]:
 
 def data_return(dataset: str) -> float:
     """Mean return of the data that the runs learned from: HalfCheetah's differ from machine to machine."""
-    here, card = RESULTS / "offline" / dataset / "data.json", cards.read_cards()[dataset]
-    return json.loads(here.read_text())["return_mean"] if here.exists() else card["return"]["mean"]
+    own = RESULTS / "offline" / dataset / "data.json"
+    return json.loads(own.read_text())["return_mean"] if own.exists() else cards.read_cards()[dataset]["return"]["mean"]
 
 
 # Statistics ===========================================================================================================
@@ -120,8 +120,15 @@ def welch(ours: np.ndarray, theirs: np.ndarray) -> str:
     """win, tie or loss of the first; "" with fewer than two seeds of either."""
     if min(len(ours), len(theirs)) < 2:
         return ""
-    same = ours.std() + theirs.std() == 0 or stats.ttest_ind(ours, theirs, equal_var=False).pvalue >= 0.05
-    return "tie" if same else "win" if ours.mean() > theirs.mean() else "loss"
+    same = ours.std() + theirs.std() == 0
+    return decided(ours.mean() - theirs.mean(), 1.0 if same else stats.ttest_ind(ours, theirs, equal_var=False).pvalue)
+
+
+ends = lambda cells, digits=1: ", ".join(number(end, digits) for end in interval(*cells))
+pooled = lambda cells, digits=1: f"{number(iqm(*cells), digits)} [{ends(cells, digits)}]"
+decided = lambda more, pvalue: "tie" if not pvalue < 0.05 else "win" if more > 0 else "loss"
+tally = lambda verdicts: " – ".join(str(verdicts.count(word)) for word in ("win", "tie", "loss"))
+mostly = lambda verdicts: verdicts.count("win") > 2 * verdicts.count("loss")
 
 
 # Words ================================================================================================================
@@ -133,14 +140,7 @@ def cell(values: np.ndarray, digits: int = 1) -> str:
     """Interquartile mean [interval] (seeds)."""
     if not len(values):
         return "–"
-    between = ", ".join(number(end, digits) for end in interval(values))
-    return number(iqm(values), digits) + (f" [{between}]" if len(values) > 1 else "") + f" ({len(values)})"
-
-
-def tally(verdicts: Iterable[str]) -> str:
-    """wins – ties – losses"""
-    verdicts = list(verdicts)
-    return " – ".join(str(verdicts.count(word)) for word in ("win", "tie", "loss"))
+    return (pooled([values], digits) if len(values) > 1 else number(values[0], digits)) + f" ({len(values)})"
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]], *notes: str) -> str:
@@ -261,7 +261,7 @@ def dom2_returns(experiment: str) -> str:
         rows.append([name(dataset), number(data_return(dataset), 0), *cells, *told, score, best])
     head = ["data set", "data", *map(name, METHODS), *(f"against {name(m)}" for m in OTHERS), "normalised"]
     note = "*Best*: mean over seeds of a run's best own evaluation (seeds): DOM2 · imitation · baseline."
-    totals = ["all", "", "", "", "", *(tally(row[k] for row in rows) for k in (5, 6)), "", ""]
+    totals = ["all", "", "", "", "", *(tally([row[k] for row in rows]) for k in (5, 6)), "", ""]
     return table([*head, "best"], [*rows, totals], note, made(used)) if rows else "Not run yet."
 
 
@@ -275,11 +275,10 @@ def dom2_summary() -> str:
         if method != "dom2":
             low, high = interval(*scores["dom2"], *own, statistic=improvement)
             higher = sum(iqm(a) > iqm(b) for a, b in zip(scores["dom2"], own))
-            verdicts = tally(against(dataset)[OTHERS.index(method)] for dataset in DATA)
+            verdicts = tally([against(dataset)[OTHERS.index(method)] for dataset in DATA])
             share = f"{improvement(*scores['dom2'], *own):.0%} [{low:.0%}, {high:.0%}]"
             compared = [share, verdicts, f"{higher} of {len(DATA)}"]
-        ends = ", ".join(map(number, interval(*own)))
-        rows.append([name(method), f"{number(iqm(*own))} [{ends}]", *compared, took])
+        rows.append([name(method), pooled(own), *compared, took])
     head = ["method", "normalised", "a run of DOM2 is better", "DOM2's wins – ties – losses", "higher mean", "minutes"]
     seeds = " to ".join(map(str, sorted({len(cells) for own in scores.values() for cells in own})))
     return table(head, rows, f"*{len(DATA)} data sets, {seeds} seeds of each method.*")
@@ -297,7 +296,7 @@ def dom2_shift() -> str:
         kept = " · ".join(f"{x:.0%}" for x in kept) if min(map(iqm, offline(dataset))) > 20 else "–"
         cells = [cell(values, 0) for values in offline(dataset, shift)]
         rows.append([f"{name(dataset)}: {shift}", *cells, *against(dataset, shift), kept])
-    totals = [tally(row[k] for row in rows) for k in (4, 5)]
+    totals = [tally([row[k] for row in rows]) for k in (4, 5)]
     best = f"highest in {sum(best_of(*where) == 'dom2' for where in SHIFTED)} of {len(rows)}"
     head = ["setting", *map(name, METHODS), *(f"against {name(m)}" for m in OTHERS), "share kept by each"]
     used = [run for dataset in DATA for method in METHODS for run in read("offline", dataset, method)]
@@ -339,15 +338,15 @@ def verdicts() -> str:
         told, runs = f"ablation {cell(ablation, digits)}", read(experiment, task, "gaussian")
         add("… and beats its Gaussian ablation there", word[welch(ours, ablation)], told, runs, "omad") if learns else 0
     runs = [run for dataset in DATA for run in read("offline", dataset, "dom2")]
-    above = sum(iqm(offline(dataset)[0]) > data_return(dataset) for dataset in DATA)
-    told, verdict = f"on {above} of {len(DATA)} data sets ({len(runs)} runs)", above > 2 * (len(DATA) - above)
-    add("DOM2 earns more than its data", "mostly" if verdict else "no", told, runs, "dom2")
-    pooled = [f"{number(iqm(*cells))} ({sum(map(len, cells))} runs)" for cells in map(normalised, METHODS)]
+    pairs = [(offline(dataset)[0], data_return(dataset)) for dataset in DATA]
+    found = [decided(ours.mean() - level, stats.ttest_1samp(ours, level).pvalue) for ours, level in pairs]
+    told = f"{tally(found)} (above – undecided – below, data sets)"
+    add("DOM2 earns more than its data", "mostly" if mostly(found) else "no", told, runs, "dom2")
+    scores = [f"{pooled(own)} ({sum(map(len, own))})" for own in map(normalised, METHODS)]
     for k, other in enumerate(("imitation", "the baseline")):
         found = [against(dataset)[k] for dataset in DATA]
-        verdict = found.count("win") > 2 * found.count("loss")
-        told = f"{tally(found)} (wins – ties – losses); normalised {pooled[0]}, {other} {pooled[k + 1]}"
-        add(f"… and more than {other}, in equal time", "mostly" if verdict else "no", told, runs, "dom2")
+        told = f"{tally(found)} (wins – ties – losses); normalised {scores[0]}, {other} {scores[k + 1]}"
+        add(f"… and more than {other}, in equal time", "mostly" if mostly(found) else "no", told, runs, "dom2")
     best = sum(best_of(*where) == "dom2" for where in SHIFTED)
     told = f"highest mean in {best} of {len(SHIFTED)} settings; the paper: in 28"
     add("… and is best where the environment shifts", "yes" if best > 20 else "no", told, runs, "dom2")
@@ -493,12 +492,12 @@ def animation() -> list[Image.Image]:
     return [frame.resize((240, 240)).quantize(12) for frame in frames]
 
 
-finished = lambda where: [f"runs/results/{x}.csv" for x in ("controllers", f"{where}/*/eval", f"{where}/*/fresh")]
+finished = lambda of: ["runs/results/controllers.csv", *(f"runs/results/{of}/**/*{x}" for x in ("csv", "data.json"))]
 FIGURES: dict[str, tuple[Iterable[str], Callable]] = {  # picture -> the files that it shows, what draws it
-    "runs/results/spread.png": (finished("spread/*/*"), lambda: curves("spread", MPE)),
-    "runs/results/robots.png": (finished("robots/*/*"), lambda: curves("robots", CHEETAH, WALKER, ANT)),
-    "runs/results/offline.png": (finished("offline/*/*"), offline_figure),
-    "runs/results/shift.png": (finished("offline/*/*"), shift_figure),
+    "runs/results/spread.png": (finished("spread"), lambda: curves("spread", MPE)),
+    "runs/results/robots.png": (finished("robots"), lambda: curves("robots", CHEETAH, WALKER, ANT)),
+    "runs/results/offline.png": ([*finished("offline"), "datasets/cards/*.json"], offline_figure),
+    "runs/results/shift.png": (finished("offline"), shift_figure),
     "runs/results/coverage.png": ((f"runs/results/robots/{ANT}/*/*/torso_xy.npy",), coverage_figure),
     "runs/results/spread.gif": ((f"runs/policies/{MPE}.pt",), animation),
     "datasets/returns.png": (("datasets/cards/*.json",), cards.draw),
@@ -508,7 +507,8 @@ FIGURES: dict[str, tuple[Iterable[str], Callable]] = {  # picture -> the files t
 def checksum(patterns: Iterable[str]) -> str:
     """Of the files shown, and of what draws them."""
     files = sorted(path for pattern in patterns for path in ROOT.glob(pattern))
-    drawing = Path(__file__).read_bytes().partition(b"# Figures ===")[2] + Path(cards.__file__).read_bytes()
+    before, _, after = Path(__file__).read_text().partition("# Words ===")  # which, up to figures, is about tables
+    drawing = (before + after.partition("# Figures ===")[2] + Path(cards.__file__).read_text()).encode()
     return hashlib.sha256(b"".join([*(path.read_bytes() for path in files), drawing])).hexdigest()
 
 

@@ -7,6 +7,10 @@ same operators on the same memory, without any Python. So what Python did, and w
 import csv
 import dataclasses
 import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 import dom2
 import omad
-from conftest import caller
+from conftest import ROOT, caller
 
 gpu = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a GPU: CUDA graphs are NOT tested on this machine"
@@ -446,6 +450,31 @@ def test_a_killed_run_on_a_gpu_and_its_checkpoint_elsewhere(call, program, tmp_p
     for total, device, count in zip(totals, ("cpu", "cuda"), (4, 5)):
         code, _, err = call.resume(run, flag, total, "--device", device)
         assert code == 0 and len(curve(run)) == count, err
+
+
+@pytest.mark.slow
+def test_rehearsal_of_the_script_for_a_gpu(tmp_path):
+    """It makes what is missing, and only that; what fails is kept, named, and made again."""
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+    def rehearse(*flags):
+        command = ["bash", str(ROOT / "runs" / "gpu.sh"), "--device", "cpu", "--out", str(tmp_path), *flags]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        return done.returncode, done.stdout.splitlines()
+
+    code, said = rehearse()
+    assert code == 0, said
+    made = {path.stem for path in tmp_path.glob("*.txt")}
+    assert made >= {"parity", "speed_omad", "speed_dom2_spread", "graph", "four_1", "four_4", "compiled", "training"}
+    assert len(said) == len(made) and len([*tmp_path.glob("four/*/eval.csv")]) == 4
+    assert len([*tmp_path.glob("training/**/fresh.csv")]) == 2 and (tmp_path / "speed_omad.csv").exists()
+    (tmp_path / "eager.txt").unlink()
+    (tmp_path / "eager").rename(tmp_path / "before")
+    (tmp_path / "eager").touch()  # no folder of runs can be made there
+    code, said = rehearse()
+    assert code == 1 and said[1:] == [str(tmp_path / "eager.failed")] and "--no-cuda-graph" in said[0]
+    (tmp_path / "eager").unlink()
+    assert rehearse()[0] == 0 and not [*tmp_path.glob("*.failed")] and rehearse("--what")[0] == 2
 
 
 # --- compiling ---
