@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import tyro
-from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from moviepy import VideoFileClip
 from PIL import Image
@@ -175,8 +174,8 @@ def made(runs: list[Result]) -> str:
     return f"*{what}. {'; '.join(machines)}; {when}.*"
 
 
-def minutes(*runs: Result) -> str:
-    return number(np.mean([run.curve["wall_time_s"][-1] for run in runs]) / 60) if runs else "–"
+def minutes(*runs: Result, place: int = -1) -> str:
+    return number(np.mean([run.curve["wall_time_s"][place] for run in runs]) / 60) if runs else "–"
 
 
 # Online ===============================================================================================================
@@ -197,45 +196,34 @@ def online(experiment: str, *tasks: str) -> str:
         steps, cells = f"{runs[0].curve['step'][-1]:,.0f}", measured(task, runs)
         rows.append([name(task), name(policy), steps, *cells, reached if task in LEVELS else "–", minutes(*runs)])
     head = ["task", "policy", "steps", *MEASURED, "HATD3's level", "minutes"]
-    return table(head, rows, made([run for *_, runs in there for run in runs]))
+    return table(head, rows, made([run for *_, runs in there for run in runs])) if rows else "Not run yet."
 
 
-def compared(experiment: str, tasks: dict[str, str], default: str = "diffusion") -> str:
-    """A row for each variant, the default first; `tasks` says which experiment has the default's runs on each."""
-    rows, used, folders = [], [], {run.variant: run.place.name for run in campaign.declared((experiment,))}
-    for variant, folder in ({default: default} | folders).items():
-        found = {task: read(other if variant == default else experiment, task, folder) for task, other in tasks.items()}
-        cells = [[*measured(task, runs)[:2], minutes(*runs)] for task, runs in found.items()]
-        rows.append([name(variant), *sum(cells, [])])
-        used.append(sum(found.values(), []))
-    head = [f"{name(task)}: {what}" for task in tasks for what in (*MEASURED[:2], "minutes")]
-    return table(["variant", *head], rows, made(sum(used, []))) if any(used[1:]) else "Not run yet."
+def compared(experiment: str, tasks: dict[str, tuple[str, int]]) -> str:
+    """A row for each variant, the two policies first: `tasks` says who has runs of those, and after how many steps."""
+    rows, used, known = [], [], dict.fromkeys(("diffusion", "gaussian"))
+    for variant, folder in (known | {run.variant: run.place.name for run in campaign.declared((experiment,))}).items():
+        cells = []
+        for task, (other, steps) in tasks.items():
+            runs = read(experiment, task, folder) if folder else read(other, task, variant)
+            place = np.searchsorted(runs[0].curve["step"], steps) if runs else 0
+            cells.append(cell(np.array([run.curve["return_mean"][place] for run in runs]), 2 if "mpe" in task else 0))
+            cells.append(minutes(*runs, place=place))
+            used += [runs]
+        rows.append([name(variant), *cells])
+    head = [words for task, (_, steps) in tasks.items() for words in (f"{name(task)}, {steps:,} steps", "minutes")]
+    return table(["variant", *head], rows, made(sum(used, []))) if any(used[2 * len(tasks) :]) else "Not run yet."
 
 
-def fewer_steps() -> str:
-    settings = ["usual", *(f"K = {k}" for k in (4, 2, 1))]
-    cells = [cell(fresh("robots", CHEETAH, "diffusion", setting), 0) for setting in settings]
-    return table(["K = 8, as trained", *settings[1:]], [cells], made(read("robots", CHEETAH, "diffusion")))
-
-
-def visited(steps: int = 250_000, size: float = 1.0) -> list[tuple[Result, str, np.ndarray, np.ndarray]]:
-    """Of each run on Ant the bins of the plane [V, 2] in which the torso was after its first steps; how often [V]."""
-    found = []
-    for run, policy in ((run, policy) for policy in ("diffusion", "gaussian") for run in read("robots", ANT, policy)):
-        xy = np.load(RESULTS / "robots" / ANT / policy / run.folder / "torso_xy.npy")[:steps]  # [steps, 2] in metres
-        found.append((run, policy, *np.unique(np.floor(xy / size).astype(int), axis=0, return_counts=True)))
-    return found
-
-
-def coverage() -> str:
-    """A share is of the bins that any of the runs visited: it depends on which runs there are."""
-    rows, found = [], visited()
-    union = len(np.unique(np.concatenate([bins for _, _, bins, _ in found]), axis=0))
-    for run, policy, bins, counts in found:
-        seed, share = run.config["args"]["seed"], len(bins) / union
-        rows.append([name(policy), seed, f"{counts.sum():,}", f"{len(bins):,}", f"{share:.0%}"])
-    head = ["policy", "seed", "training steps", "bins of 1 m² visited", f"of all {union:,} that any run visited"]
-    return table(head, rows)
+def noises() -> str:
+    """Of the policies of HalfCheetah: their entropies, and other ways to act with them."""
+    settings, policies = ["usual", "no last noise", "K = 2", "K = 1"], ("diffusion", "gaussian")
+    known, rows = [row for row in rows_of(RESULTS / "entropy.csv") if row["task"] == CHEETAH], []
+    for policy in policies:
+        own = [np.array([row[what] for row in known if row["policy"] == policy]) for what in ("bound", "entropy")]
+        rows.append([name(policy), *map(cell, own), *(cell(fresh("robots", CHEETAH, policy, x), 0) for x in settings)])
+    used = sum((read("robots", CHEETAH, policy) for policy in policies), [])
+    return table(["policy", "bound", "entropy", "as trained", *settings[1:]], rows, made(used))
 
 
 # Offline ==============================================================================================================
@@ -330,6 +318,8 @@ def verdicts() -> str:
 
     for task, experiment in {MPE: "spread", CHEETAH: "robots", WALKER: "robots", ANT: "robots"}.items():
         ours, ablation = (fresh(experiment, task, policy) for policy in ("diffusion", "gaussian"))
+        if not len(ours):
+            continue
         digits, still = int(task == MPE), scale[task, "standing still"]
         told = f"{cell(ours, digits)}; standing still {number(still, digits)}"
         told += f", a script {number(scale[task, 'scripted'])}" if task == MPE else ""
@@ -373,16 +363,16 @@ def tiers() -> str:
 
 CONTROLLER = {"task": "{task}", "who": "{controller}", "return": "{return_mean:,.1f}"}
 TABLES: dict[str, Callable[[], str]] = {
-    "verdicts": verdicts, "tiers": tiers, "omad-steps": fewer_steps,
-    "omad-spread": lambda: online("spread", MPE), "omad-longer": lambda: online("longer", MPE),
-    "omad-adversary": lambda: online("adversary", DECEPTION),
-    "omad-ablations": lambda: compared("ablations", {MPE: "spread", CHEETAH: "ablations"}),
+    "verdicts": verdicts, "tiers": tiers, "omad-noise": noises,
+    "omad-spread": lambda: online("spread", MPE), "omad-longer": lambda: online("longer", CHEETAH),
+    "omad-others": lambda: online("others", *(run.on for run in campaign.declared(("others",)))),
+    "omad-doors": lambda: online("doors", DOORS), "omad-chain": lambda: compared("chain", {CHEETAH: ("robots", 30_000)}),
+    "omad-ablations": lambda: compared("ablations", {CHEETAH: ("robots", 30_000), MPE: ("spread", 200_000)}),
     "omad-robots": lambda: online("robots", CHEETAH, WALKER, ANT),
     "omad-scripts": lambda: plain("controllers", CONTROLLER | {"episodes": "{episodes:,.0f}"},
                                   lambda row: not row["task"].startswith("omar")),
     "omad-published": lambda: plain("published", {"task": "{task}", "who": "{who}", "return": "{return_mean:,.0f}",
                                                   "source": "{source}"}),
-    "omad-coverage": coverage,
     "dom2-updates": lambda: dom2_returns("updates"), "dom2-returns": lambda: dom2_returns("offline"),
     "dom2-summary": dom2_summary, "dom2-shift": dom2_shift, "dom2-assignments": dom2_assignments,
     "dom2-data": lambda: table(["share of the episodes", *map(name, METHODS)],
@@ -422,25 +412,6 @@ def curves(experiment: str, *tasks: str) -> Figure:
             axis.grid(alpha=0.2)
         pair[0].set(ylabel="team return", ylim=(None, max(0, pair[0].get_ylim()[1])))
         pair[0].legend(fontsize=8, loc="upper left")
-    return figure
-
-
-def coverage_figure() -> Figure:
-    """A map for each run, one below the other: robots run along x."""
-    found = visited()
-    everywhere = np.concatenate([bins for _, _, bins, _ in found])
-    low, high = everywhere.min(0) - 1, everywhere.max(0) + 2
-    figure = Figure(figsize=(9, 1.7 * len(found)), layout="constrained")
-    axes = figure.subplots(len(found), sharex=True)
-    for axis, (run, policy, bins, counts) in zip(axes, found):
-        grid = np.full(high - low, np.nan)
-        grid[tuple((bins - low).T)] = counts
-        edges = [np.arange(low[i], high[i] + 1) for i in range(2)]
-        mesh = axis.pcolormesh(*edges, grid.T, cmap="viridis_r", norm=LogNorm(1, 1e4))
-        axis.plot(0, 0, "r+", markersize=10)
-        axis.set(title=f"{name(policy)}, seed {run.config['args']['seed']}", ylabel="y (m)", aspect="equal")
-    axes[-1].set_xlabel("x (m); episodes start at the cross")
-    figure.colorbar(mesh, ax=axes, label="steps in a bin")
     return figure
 
 
@@ -498,7 +469,6 @@ FIGURES: dict[str, tuple[Iterable[str], Callable]] = {  # picture -> the files t
     "runs/results/robots.png": (finished("robots"), lambda: curves("robots", CHEETAH, WALKER, ANT)),
     "runs/results/offline.png": ([*finished("offline"), "datasets/cards/*.json"], offline_figure),
     "runs/results/shift.png": (finished("offline"), shift_figure),
-    "runs/results/coverage.png": ((f"runs/results/robots/{ANT}/*/*/torso_xy.npy",), coverage_figure),
     "runs/results/spread.gif": ((f"runs/policies/{MPE}.pt",), animation),
     "datasets/returns.png": (("datasets/cards/*.json",), cards.draw),
 }  # fmt: skip

@@ -97,7 +97,7 @@ A_MINUTE = [  # or less; not datasets/convert.py, which needs others' data or pa
     "python omad.py --total-timesteps 3000 --learning-starts 400 --eval-every 1000 --eval-episodes 10 --policy-hidden 16",
     "python datasets/collect.py --dataset omar_simple_spread-medium",
     "python datasets/assignments.py",
-    "python runs/belief.py runs/RUN1 runs/RUN2",
+    "python runs/look.py runs/RUN1 runs/RUN2",
     "python runs/speed.py",
     "python runs/speed.py --tables update --turns 5",
 ]

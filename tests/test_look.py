@@ -1,21 +1,23 @@
-"""runs/belief.py: what critics believe beside what their policies earn."""
+"""runs/look.py: what critics believe beside what their policies earn, and how noisy policies are."""
 
 import csv
 import json
 import shutil
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 import dom2
+import omad
 from common.datasets import load_dataset
 from common.envs import evaluate, make_vec
 from conftest import ROOT, SHORT_OFFLINE, one_line, the_run
 
 sys.path.insert(0, str(ROOT / "runs"))
-import belief
+import look
 
 
 @pytest.fixture(scope="module", params=["diffusion", "deterministic"])
@@ -29,13 +31,13 @@ def run(request, data, tmp_path_factory):
 
 @pytest.fixture
 def results(tmp_path, monkeypatch):
-    monkeypatch.setattr(belief, "RESULTS", tmp_path)
+    monkeypatch.setattr(look, "RESULTS", tmp_path)
     return tmp_path / "belief.csv"
 
 
 def test_what_is_earned_counts_what_follows_and_the_belief_behind_the_end():
     rewards = np.array([[1.0, 0.0], [2.0, 0.0], [4.0, 0.0]])
-    assert belief.to_go(rewards, 0.5, np.array([16.0, 8.0])).tolist() == [[5.0, 1.0], [8.0, 2.0], [12.0, 4.0]]
+    assert look.to_go(rewards, 0.5, np.array([16.0, 8.0])).tolist() == [[5.0, 1.0], [8.0, 2.0], [12.0, 4.0]]
 
 
 def test_the_row_of_a_run(run, data, results, monkeypatch):
@@ -56,7 +58,7 @@ def test_the_row_of_a_run(run, data, results, monkeypatch):
     policy = saved["args"]["policy"]
     other, old = (f"{name},{policy},2,1,2,3,4,5,6,7,8" for name in ("other", "-".join(data.parts[-3:])))
     results.write_text("\n".join([columns, old, other, ""]))
-    assert belief.main((run,)) == 0
+    assert look.main((run,)) == 0
     lines = results.read_text().splitlines()
     assert lines[0] == columns and lines[2] == other and len(lines) == 3  # it took the place of the old one
     row = next(csv.DictReader(results.open()))
@@ -80,10 +82,10 @@ def test_the_row_of_a_run(run, data, results, monkeypatch):
     assert row["data"] == close(believed(source.obs[:], source.actions[:].clip(-1, 1)).mean())
     assert row["own"] == close(believed(source.obs[:], done).mean())
     assert row["return_mean"] == close(
-        evaluate(make_act(slow), make_vec("omar_simple_spread", 200), belief.FRESH).mean()
+        evaluate(make_act(slow), make_vec("omar_simple_spread", 200), look.FRESH).mean()
     )
     envs = make_vec("omar_simple_spread", 200)
-    envs.reset(seed=belief.FRESH)
+    envs.reset(seed=look.FRESH)
     rewards = [envs.step(action)[4]["agent_rewards"].mean() for _, action in played]
     behind = believed(end, last).mean()
     left = range(25, 0, -1)
@@ -104,6 +106,31 @@ def test_bad_input_is_one_line(damage, run, tmp_path, results, capsys):
     torch.save(saved | {"data": "other"}, run / "checkpoint.pt") if damage == "other data" else None
     (run / "config.json").write_text(json.dumps(config))
     word = {"no checkpoint": "missing", "other data": "other data"}.get(damage, "give runs")
-    assert belief.main((run,)) == 2
+    assert look.main((run,)) == 2
     out, err = capsys.readouterr()
-    assert one_line(err, "belief") and word in err and not out and not results.exists()
+    assert one_line(err, "look") and word in err and not out and not results.exists()
+
+
+def test_entropy_from_distances():
+    rng, gauss = np.random.default_rng(0), 0.5 * np.log(2 * np.pi * np.e)
+    for d in (1, 3):
+        assert look.estimate(0.1 * rng.normal(size=(4000, d))) == pytest.approx(d * (gauss + np.log(0.1)), abs=0.1)
+    apart = rng.normal(size=(4000, 2)) + 50 * rng.integers(4, size=(4000, 1))  # four modes: log 4 more
+    assert look.estimate(apart) == pytest.approx(2 * gauss + np.log(4), abs=0.1)
+
+
+@pytest.mark.parametrize("policy", ["diffusion", "gaussian"])
+def test_entropy_of_an_online_run(policy, results, tmp_path, monkeypatch):
+    """A Gaussian's bound is its entropy; a chain's is below it. Both lose by the tanh what saturates."""
+    flags = f"--policy {policy} --total-timesteps 320 --learning-starts 300 --eval-every 400 --eval-episodes 1"
+    assert omad.main([*flags.split(), "--device", "cpu", "--seed", "3", "--run-dir", str(tmp_path / "runs")]) == 0
+    (run,) = (tmp_path / "runs").iterdir()
+    saved = torch.load(run / "policy.pt", weights_only=True)
+    saved["policy"]["out.bias"] += 1.5
+    torch.save(saved, run / "policy.pt")
+    monkeypatch.setattr(look, "noise", partial(look.noise, states=3, samples=2000))
+    assert look.main((run,)) == 0
+    (row,) = csv.DictReader(results.with_name("entropy.csv").open())
+    assert list(row.values())[:4] == ["mpe_simple_spread", policy, "4", "3"] and not results.exists()
+    bound, entropy = float(row["bound"]), float(row["entropy"])
+    assert -0.2 < entropy - bound < (0.2 if policy == "gaussian" else 0.6) and bound < -6

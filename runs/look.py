@@ -1,11 +1,15 @@
-"""What critics believe against what policies earn: where a run of dom2.py falls short, which of the two is it?
+"""A closer look at runs that still have their checkpoint.pt and policy.pt, in fresh episodes.
 
-    python runs/belief.py RUN_DIR RUN_DIR ...     # finished runs that still have their checkpoint.pt
+    python runs/look.py RUN_DIR RUN_DIR ...
 
-A row of runs/results/belief.csv per run: means over the steps of fresh episodes of what the critics (the smaller of the
-two averaged ones) `believed` of what policies did, and what they `earned`, the discounted rewards that followed, with
-the critics' belief behind the end (mean weight `end`); the mean size of an `action`'s entries, the share beyond 0.99
-(`edge`); over 10,000 rows of the data, what critics believe of the actions in them (`data`) and of the policies' `own`.
+Of dom2.py, a row of runs/results/belief.csv: where it falls short, is it critics or policies? Means over steps of what
+the critics (the smaller of the two averaged ones) `believed` of what policies did, and what they `earned`, the
+discounted rewards that followed, with the critics' belief behind the end (mean weight `end`); the mean size of an
+`action`'s entries, the share beyond 0.99 (`edge`); over 10,000 rows of the data, what critics believe of the actions in
+them (`data`) and of the policies' `own`.
+
+Of omad.py, a row of runs/results/entropy.csv: means over states of the `bound` on the joint entropy of all agents'
+actions that training counts, in nats, and of the `entropy` that they have, from distances between samples.
 """
 
 import sys
@@ -14,10 +18,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
+from scipy.spatial import KDTree
+from scipy.special import digamma, gammaln
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import dom2
+import omad
 from campaign import RESULTS, record
 from common.datasets import open_dataset
 from common.envs import BadInput, find_task, make_env, make_vec
@@ -41,8 +48,8 @@ def to_go(rewards: np.ndarray, gamma: float, end: np.ndarray | float) -> np.ndar
     return result
 
 
-def look(run: Path) -> tuple[dict, dict]:
-    """The key and the numbers of a run. Raises `BadInput`."""
+def belief(run: Path) -> tuple[dict, dict]:
+    """The key and the numbers of a run of dom2.py. Raises `BadInput`."""
     config, saved = dom2.load(run / "config.json"), dom2.load(run / "checkpoint.pt")
     args, task = dom2.Args(**config["args"]), find_task(config["env_id"])
     if not args.q_weight or task.terminates:
@@ -74,15 +81,48 @@ def look(run: Path) -> tuple[dict, dict]:
     return dict(dataset="-".join(Path(args.dataset).parts[-3:]), policy=args.policy, seed=args.seed), numbers
 
 
+def estimate(x: np.ndarray, k: int = 5) -> float:
+    """Differential entropy of what the samples x [M, D] were drawn from."""
+    count, d = x.shape
+    distance = KDTree(x).query(x, k + 1)[0][:, -1]  # to the k-th neighbour; the first one is the sample itself
+    ball = d / 2 * np.log(np.pi) - gammaln(d / 2 + 1)
+    return digamma(count) - digamma(k) + ball + d * np.log(distance).mean()
+
+
+@torch.no_grad()
+def noise(run: Path, states: int = 20, samples: int = 4000) -> tuple[dict, dict]:
+    """The key and the numbers of a run of omad.py."""
+    policy, saved = omad.load_policy(run)
+    args, act = omad.Args(**saved["args"]), omad.make_act(policy)
+    envs = make_vec(args.env_id, states, args.observation, prey=args.prey)
+    steps = np.arange(states) * max(1, find_task(args.env_id).horizon // 50)  # after which each copy is looked at
+    obs, _ = envs.reset(seed=10**6)
+    seen, alive = obs, np.ones(states, bool)
+    for step in range(steps[-1]):
+        obs, _, terminated, *_ = envs.step(act(obs))
+        alive &= ~terminated
+        seen = np.where((alive & (step < steps))[:, None, None], obs, seen)
+    policy, bounds, entropies = policy.double(), [], []
+    for one in torch.from_numpy(seen).double():
+        action, cost = policy(one.expand(samples, -1, -1), policy.noise(samples).double())  # [M, N, A], [M, N]
+        x = torch.atanh(action.clamp(-1 + 1e-15, 1 - 1e-15))
+        parts = [estimate(x[:, i, :size].numpy()) for i, size in enumerate(saved["action_sizes"])]
+        bounds.append(-cost.sum(1).mean())
+        entropies.append(sum(parts) + torch.log1p(-(action**2) + 1e-15).sum((1, 2)).mean())
+    key = dict(task=args.env_id, policy=args.policy, steps=args.denoising_steps, seed=args.seed)
+    return key, dict(bound=np.mean(bounds), entropy=np.mean(entropies))
+
+
 def main(runs: tyro.conf.Positional[tuple[Path, ...]]) -> int:
     """Looks at these directories of runs. Returns the exit code: 0 done, 2 bad input."""
     torch.set_num_threads(1)
     try:
         for run in runs:
-            key, numbers = look(run)
-            record(RESULTS / "belief.csv", key, **numbers)
+            online = (run / "config.json").exists() and '"omad-' in (run / "config.json").read_text()
+            key, numbers = noise(run) if online else belief(run)
+            record(RESULTS / ("entropy.csv" if online else "belief.csv"), key, **numbers)
     except BadInput as error:
-        print(f"belief.py: error: {error}", file=sys.stderr)
+        print(f"look.py: error: {error}", file=sys.stderr)
         return 2
     return 0
 
