@@ -6,10 +6,8 @@ Of dom2.py, a row of runs/results/belief.csv: where it falls short, is it critic
 the critics (the smaller of the two averaged ones) `believed` of what policies did, and what they `earned`, the
 discounted rewards that followed, with the critics' belief behind the end (mean weight `end`); the mean size of an
 `action`'s entries, the share beyond 0.99 (`edge`); over 10,000 rows of the data, what critics believe of the actions in
-them (`data`) and of the policies' `own`.
-
-Of omad.py, a row of runs/results/entropy.csv: means over states of the `bound` on the joint entropy of all agents'
-actions that training counts, in nats, and of the `entropy` that they have, from distances between samples.
+them (`data`) and of the policies' `own`. Of omad.py, a row of entropy.csv: means over states of an episode of the
+`bound` that training counts, on the joint entropy of all actions in nats, and of the `entropy`, estimated from samples.
 """
 
 import sys
@@ -93,24 +91,22 @@ def estimate(x: np.ndarray, k: int = 5) -> float:
 def noise(run: Path, states: int = 20, samples: int = 4000) -> tuple[dict, dict]:
     """The key and the numbers of a run of omad.py."""
     policy, saved = omad.load_policy(run)
-    args, act = omad.Args(**saved["args"]), omad.make_act(policy)
-    envs = make_vec(args.env_id, states, args.observation, prey=args.prey)
-    steps = np.arange(states) * max(1, find_task(args.env_id).horizon // 50)  # after which each copy is looked at
-    obs, _ = envs.reset(seed=10**6)
-    seen, alive = obs, np.ones(states, bool)
-    for step in range(steps[-1]):
-        obs, _, terminated, *_ = envs.step(act(obs))
-        alive &= ~terminated
-        seen = np.where((alive & (step < steps))[:, None, None], obs, seen)
+    args, act, seen, done = omad.Args(**saved["args"]), omad.make_act(policy), [], False
+    envs = make_vec(args.env_id, 1, args.observation, prey=args.prey)
+    obs, _ = envs.reset(seed=FRESH)
+    while not done:
+        seen.append(obs[0])
+        obs, _, terminated, truncated, _ = envs.step(act(obs))
+        done = terminated | truncated
     policy, bounds, entropies = policy.double(), [], []
-    for one in torch.from_numpy(seen).double():
+    for one in torch.from_numpy(np.array(seen[:: -(-len(seen) // states)])).double():
         action, cost = policy(one.expand(samples, -1, -1), policy.noise(samples).double())  # [M, N, A], [M, N]
         x = torch.atanh(action.clamp(-1 + 1e-15, 1 - 1e-15))
         parts = [estimate(x[:, i, :size].numpy()) for i, size in enumerate(saved["action_sizes"])]
         bounds.append(-cost.sum(1).mean())
         entropies.append(sum(parts) + torch.log1p(-(action**2) + 1e-15).sum((1, 2)).mean())
-    key = dict(task=args.env_id, policy=args.policy, steps=args.denoising_steps, seed=args.seed)
-    return key, dict(bound=np.mean(bounds), entropy=np.mean(entropies))
+    names = ("env_id", "policy", "denoising_steps", "seed")
+    return {key: vars(args)[key] for key in names}, dict(bound=np.mean(bounds), entropy=np.mean(entropies))
 
 
 def main(runs: tyro.conf.Positional[tuple[Path, ...]]) -> int:
