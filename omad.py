@@ -158,7 +158,8 @@ class DiffusionPolicy(nn.Module):
         self.in_step = nn.Parameter(0.5 * torch.randn(n, args.denoising_steps, hidden))
         self.hidden1, self.hidden2 = ParallelLinear(n, hidden, hidden), ParallelLinear(n, hidden, hidden)
         self.out = ParallelLinear(n, hidden, a, scale=1e-3)  # near zero [DIME]
-        self.steps, self.dime = steps or args.denoising_steps, args.policy == "dime"  # K, also other than trained
+        # K. With other `steps` than trained the chain walks the same stretch of time in longer or shorter ones.
+        self.steps, self.dime = steps or args.denoising_steps, args.policy == "dime"
         time = torch.arange(self.steps + 1)[:, None, None, None] / self.steps  # [K + 1, 1, 1, 1], from 0 to 1
         self.register_buffer("index", torch.arange(self.steps) * args.denoising_steps // self.steps, persistent=False)
         if self.dime:
@@ -168,8 +169,7 @@ class DiffusionPolicy(nn.Module):
             self.register_buffer("schedule", args.denoising_steps / self.steps * schedule, persistent=False)
         else:
             self.log_s = nn.Parameter(torch.full([n, 1, a], math.log(0.2) / 5))  # a fifth: Adam moves s faster
-            level = torch.where(time < 1, 20 * 0.001**time, 0)  # noise / signal, falling evenly in log; none at the end
-            self.register_buffer("ratio", level**2, persistent=False)
+            self.register_buffer("signal", torch.cos(math.pi / 2 * 0.97 * (1 - time)), persistent=False)
 
     def coefficients(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """keep, gain, var, back, wide [K, N, 1, A]. Of DDPM [deviation D5]: u predicts x_K. If x_K ~ N(u, s^2), s
@@ -181,11 +181,11 @@ class DiffusionPolicy(nn.Module):
             eta = F.softplus(self.rho_dt) * self.schedule / F.softplus(self.rho_friction)
             keep = 1 - eta / 2.5**2
             return keep, eta, 2 * eta, keep, 2 * eta
-        signal = (1 + self.ratio).rsqrt()  # [K + 1, 1, 1, 1]
-        total = signal**2 * (2.5**2 * self.ratio + (5 * self.log_s).exp() ** 2)  # [K + 1, N, 1, A]
-        back, less = signal[:-1] / signal[1:], total[1:] / total[:-1]
-        wide = (2.5 * signal[:-1]) ** 2 * (self.ratio[:-1] - self.ratio[1:])
-        return back * less, signal[1:] - back * less * signal[:-1], wide * less, back, wide
+        before, after = self.signal[:-1], self.signal[1:]
+        total = (1 - self.signal**2) * 2.5**2 + (self.signal * (5 * self.log_s).exp()) ** 2  # [K + 1, N, 1, A]
+        back, ratio = before / after, total[1:] / total[:-1]
+        wide = (1 - back**2) * 2.5**2
+        return back * ratio, after - back * ratio * before, wide * ratio, back, wide
 
     def noise(self, batch: int) -> Tensor:
         """All the randomness of one chain: [K + 1, B, N, A] standard normal numbers."""

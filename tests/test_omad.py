@@ -116,7 +116,7 @@ def two_kernels(kind, n, steps, size, stretch=1.0):
         eta = stretch * size * (0.999 * math.cos(math.pi / 2 * (0.008 + n / steps) / 1.008) ** 2 + 0.001)
         std = (2 * eta) ** 0.5
         return lambda x, u: Normal(x + eta * (u - x / 2.5**2), std), lambda x: Normal(x - eta * x / 2.5**2, std)
-    signal = [(1 + (20 * 0.02 ** (k / steps) / 20 ** (k / steps)) ** 2) ** -0.5 for k in range(steps)] + [1]
+    signal = [math.cos(0.97 * math.pi / 2 * (1 - k / steps)) for k in range(steps + 1)]
     backs = [before / after for before, after in zip(signal, signal[1:])]
     share, var = 1.0, size**2  # of what comes next: its mean is share * u
     for back in reversed(backs[n + 1 :]):
@@ -343,7 +343,7 @@ def test_gaussian_cost_is_the_exact_log_density():
 def test_ddpm_with_any_number_of_steps_samples_the_same_distribution(steps):
     """Exactly, where u is constant: the end is then linear in the noise, whose part in it is read off one by one. It is
     what x_K ~ N(u, s^2) is if x_0 ~ N(0, 2.5^2) was seen: the noise of the whole way is one kernel."""
-    u, s, first = 0.6, 0.4, (1 + 20**2) ** -0.5
+    u, s, first = 0.6, 0.4, math.cos(0.97 * math.pi / 2)
     policy = linear_chain("diffusion", 0.0, u, steps, s, trained_with=8)
     noise = torch.cat([torch.zeros(1, steps + 1), 0.1 * torch.eye(steps + 1)]).double()  # [1 + K + 1, K + 1]
     with torch.no_grad():
