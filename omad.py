@@ -13,8 +13,7 @@ centralised distributional critic learns the return plus that entropy bonus. All
 gradient of that critic through all denoising steps. The weight of the bonus, the temperature alpha, tunes itself.
 
 Shape letters: B batch, N agents, O observation, A action, S joint state, K denoising steps, Q critics, Z atoms,
-H hidden, E environments. Agents are a tensor dimension everywhere. O and A are the sizes of the largest agent; smaller
-ones are padded with zeros, and masks keep the padding out of every sum.
+H hidden, E environments. O and A are those of the largest agent: others are padded with zeros, and masked in sums.
 """
 
 import copy
@@ -77,6 +76,8 @@ class Args:
     denoising_steps: int = 8  # K, steps from noise to action
     last_noise: bool = True  # actions with the noise of the last step; --no-last-noise to evaluate them without
     policy_hidden: int = 256  # H, width of each agent's network
+    time_power: float = 1.0  # step k is at time 1 - (1 - k / K)^power: more ends in smaller noise, for narrow modes
+    x_scale: float = 1.0  # of the first layer's weights of x at the start; more is for many modes
     critic_hidden: int = 2048  # width of each critic
     n_atoms: int = 100  # Z, atoms of the return distribution
     v_min: float = -1000.0  # smallest representable return
@@ -96,13 +97,16 @@ MPE = dict(
     v_min=-30.0, v_max=10.0, bn_warmup=5_000, alpha=0.005,
 )  # fmt: skip
 # MaMuJoCo has the sizes of the paper and of DIME, which want a GPU. Supports are symmetric: values then start near 0.
-ROBOT = dict(observation="full", v_min=-1000.0, v_max=1000.0)
+ROBOT = dict(observation="full")
 # OMAR's tasks make offline data, on a CPU [deviation D1]. Steps of many copies of a particle world cost almost nothing.
 OMAR = MPE | dict(total_timesteps=100_000, num_envs=32, updates_per_step=0.0625, eval_every=4_000, alpha=0.1)
-SUITES = {"mpe": MPE, "mamujoco": ROBOT, "omar": OMAR, "doors": OMAR | dict(gamma=1.0, v_min=-2.0, v_max=4.0)}
+SUITES = {"mpe": MPE, "mamujoco": ROBOT, "omar": OMAR, "doors": OMAR}
 OWN = {  # what else a task has [deviation D1]; in MaMuJoCo a robot, with all its partitions
     **dict.fromkeys(("mpe_simple", "mpe_simple_speaker_listener"), dict(v_min=-90.0)),
     **dict.fromkeys(("mpe_simple_spread_n4", "mpe_simple_reference"), dict(v_min=-60.0)),
+    "doors_blind": dict(
+        total_timesteps=256_000, updates_per_step=0.125, gamma=1.0, v_min=-2.0, v_max=4.0, alpha=0.02, policy_lr=3e-4,
+        denoising_steps=8, time_power=1.5, x_scale=8.0, critic_hidden=256, target_entropy_scale=6.0),
     "mpe_simple_adversary": dict(v_max=30.0),
     "mpe_collect_treasure": dict(v_min=-60.0, v_max=60.0),
     **dict.fromkeys(("omar_simple_spread", "omar_simple_spread_6"), dict(v_min=-600.0, v_max=600.0)),
@@ -110,8 +114,7 @@ OWN = {  # what else a task has [deviation D1]; in MaMuJoCo a robot, with all it
     "omar_simple_world": dict(v_min=-200.0, v_max=200.0, total_timesteps=400_000),
     "omar_halfcheetah_2x3": dict(
         v_min=-500.0, v_max=500.0, total_timesteps=500_000, num_envs=10, updates_per_step=0.1, eval_every=10_000,
-        eval_episodes=10, learning_starts=10_000, gamma=0.99, policy_hidden=128, critic_hidden=256, bn_warmup=100_000,
-    ),
+        eval_episodes=10, learning_starts=10_000, gamma=0.99, policy_hidden=128, critic_hidden=256, bn_warmup=100_000),
     "mamujoco_halfcheetah": dict(v_min=-2000.0, v_max=2000.0),
     "mamujoco_swimmer": dict(v_min=-50.0, v_max=50.0, alpha=0.1),
     "mamujoco_manysegmentswimmer": dict(v_min=-100.0, v_max=100.0, alpha=0.01),
@@ -155,12 +158,13 @@ class DiffusionPolicy(nn.Module):
         self.register_buffer("action_mask", real.float()[:, None], persistent=False)  # [N, 1, A]
         # The first layer: x's part, o's, used once a chain, and that of H embedded steps, a bias each [deviation D3].
         self.in_x, self.in_obs = (ParallelLinear(n, i, hidden, math.sqrt(i / (a + o + hidden))) for i in (a, o))
+        self.in_x.weight.data *= args.x_scale
         self.in_step = nn.Parameter(0.5 * torch.randn(n, args.denoising_steps, hidden))
         self.hidden1, self.hidden2 = ParallelLinear(n, hidden, hidden), ParallelLinear(n, hidden, hidden)
         self.out = ParallelLinear(n, hidden, a, scale=1e-3)  # near zero [DIME]
         # K. With other `steps` than trained the chain walks the same stretch of time in longer or shorter ones.
         self.steps, self.dime = steps or args.denoising_steps, args.policy == "dime"
-        time = torch.arange(self.steps + 1)[:, None, None, None] / self.steps  # [K + 1, 1, 1, 1], from 0 to 1
+        time = 1 - torch.linspace(1, 0, self.steps + 1)[:, None, None, None] ** args.time_power  # [K + 1, 1, 1, 1]
         self.register_buffer("index", torch.arange(self.steps) * args.denoising_steps // self.steps, persistent=False)
         if self.dime:
             self.rho_dt = nn.Parameter(torch.full([n, 1, 1], math.log(math.expm1(0.1))))  # its softplus is 0.1
@@ -315,11 +319,10 @@ class OMAD(nn.Module):
 
     def __init__(self, env: TeamEnv, args: Args, device: torch.device):
         super().__init__()
-        self.args, self.slow_critic = args, None
+        self.args = args
         self.policy = POLICIES[args.policy](env.obs_sizes, env.action_sizes, args).to(device)
         self.critic = Critic(env.state_size, env.action_sizes, args).to(device)
-        if args.tau:
-            self.slow_critic = copy.deepcopy(self.critic).eval().requires_grad_(False)
+        self.slow_critic = copy.deepcopy(self.critic).eval().requires_grad_(False) if args.tau else None
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha), device=device))
         start = -0.5 - math.log(2.5 * math.sqrt(2 * math.pi))  # E[log N(x_0; 0, 2.5^2)], which is in C, but not in 4
         self.target_cost = (args.target_entropy_scale + start) * sum(env.action_sizes)
@@ -613,12 +616,9 @@ def parse(argv: list[str]) -> Args:
     """The command line, over the defaults of its task or over the arguments of the run or policy that it names."""
     words = [part for word in argv for part in word.split("=", 1)]
     given = dict(zip((word.replace("_", "-") for word in words), words[1:]))
-    for flag, value in zip(["", *words], words):
-        if value == "" or flag == "" and value[0] != "-":
-            raise BadInput(f"{flag} needs a value" if flag else f"{value!r} stands without a flag: --env-id {value}?")
-    if run := given.get("--resume"):
+    if (run := given.get("--resume")) is not None:
         default, free = Args(**load(Path(run, "config.json"))["args"]), WITH_RESUME
-    elif path := given.get("--evaluate"):
+    elif (path := given.get("--evaluate")) is not None:
         default, free = Args(**load(Path(path))["args"] | {"resume": "", "capture_video": False}), WITH_EVALUATE
     else:
         default, free = preset(given.get("--env-id", Args.env_id)), vars(Args())
@@ -629,7 +629,7 @@ def parse(argv: list[str]) -> Args:
         (1, 10**9, "total_timesteps num_envs eval_episodes buffer_size policy_frequency denoising_steps"),
         (2, 10**6, "batch_size n_atoms policy_hidden critic_hidden"),
         (0.0, 1.0, "gamma tau alpha_lr"),
-        (1e-12, 1e15, "policy_lr q_lr alpha updates_per_step"),
+        (1e-12, 1e15, "policy_lr q_lr alpha updates_per_step time_power x_scale"),
         (-1e9, 1e9, "v_min v_max target_entropy_scale"),
     )
     for low, high, name in ((low, high, name) for low, high, names in ranges for name in names.split()):

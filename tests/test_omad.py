@@ -107,16 +107,17 @@ def test_projection_equals_brute_force_and_conserves_mass():
 # --- the chain and its entropy bound ---
 
 
-def two_kernels(kind, n, steps, size, stretch=1.0):
+def two_kernels(kind, n, steps, size, stretch=1.0, power=1.0):
     """Step n of a chain, from its definition: x_n, u -> distribution of x_{n+1}, and x_{n+1} -> that on the way back.
 
     DDPM: x_K ~ N(u, size^2) is pushed back by the noising kernels to x_{n+1}; conditioned on x_n that is the step, in
     terms of precisions. DIME: both kernels have the variance 2 eta, with eta = size schedule."""
+    left = [(1 - k / steps) ** power for k in range(steps + 1)]  # of time
     if kind == "dime":
-        eta = stretch * size * (0.999 * math.cos(math.pi / 2 * (0.008 + n / steps) / 1.008) ** 2 + 0.001)
+        eta = stretch * size * (0.999 * math.cos(math.pi / 2 * (1.008 - left[n]) / 1.008) ** 2 + 0.001)
         std = (2 * eta) ** 0.5
         return lambda x, u: Normal(x + eta * (u - x / 2.5**2), std), lambda x: Normal(x - eta * x / 2.5**2, std)
-    signal = [math.cos(0.97 * math.pi / 2 * (1 - k / steps)) for k in range(steps + 1)]
+    signal = [math.cos(0.97 * math.pi / 2 * part) for part in left]
     backs = [before / after for before, after in zip(signal, signal[1:])]
     share, var = 1.0, size**2  # of what comes next: its mean is share * u
     for back in reversed(backs[n + 1 :]):
@@ -152,12 +153,12 @@ def log_det(x):
     return 2 * (math.log(2) - x - F.softplus(-2 * x))
 
 
-@pytest.mark.parametrize("steps", [4, 2, 7])
+@pytest.mark.parametrize("steps, power", [(4, 1.0), (2, 1.0), (7, 1.0), (4, 1.5), (2, 1.5)])
 @pytest.mark.parametrize("kind", CHAINS)
-def test_path_cost_equals_the_two_kernels_written_out(kind, steps):
+def test_path_cost_equals_the_two_kernels_written_out(kind, steps, power):
     """C against log densities from torch.distributions, step by step, for each agent of an unequal team. Trained with 4
     steps: with 2 each is twice as long, and the network is told of steps 0 and 2."""
-    policy = make_policy(kind, steps=steps).double()
+    policy = make_policy(kind, steps=steps, time_power=power).double()
     obs, noise = normal(6, 3, 5).double() * masks(OBS_SIZES), policy.noise(6).double()
     with torch.no_grad():
         action, path_cost = policy(obs, noise)
@@ -165,7 +166,7 @@ def test_path_cost_equals_the_two_kernels_written_out(kind, steps):
             x, size = 2.5 * noise[0, :, agent, :a], size_of(policy, agent, a)
             cost = Normal(0.0, 2.5).log_prob(x).sum(-1)
             for n in range(steps):
-                there, back = two_kernels(kind, n, steps, size, 4 / steps)
+                there, back = two_kernels(kind, n, steps, size, 4 / steps, power)
                 there = there(x, network(policy, agent, obs[:, agent, :o], n * 4 // steps)(x))
                 after = there.mean + there.stddev * noise[n + 1, :, agent, :a]
                 cost += (there.log_prob(after) - back(after).log_prob(x)).sum(-1)
@@ -683,15 +684,15 @@ def test_an_update_changes_what_it_should(policy):
     assert {"losses/critic", "losses/policy", "losses/temperature"} <= set(logs)
 
 
-@pytest.mark.parametrize("kind", POLICIES)
-def test_policies_start_as_those_of_dime(kind):
+@pytest.mark.parametrize("kind, x_scale", [*((kind, 1.0) for kind in POLICIES), ("diffusion", 8.0)])
+def test_policies_start_as_those_of_dime(kind, x_scale):
     """One first layer over x, o and H embedded steps, whose inputs are all as large; u is nearly 0 at the start."""
     torch.manual_seed(0)
-    policy = POLICIES[kind]([300] * 3, [100] * 3, make_args(policy=kind, policy_hidden=200))
+    policy = POLICIES[kind]([300] * 3, [100] * 3, make_args(policy=kind, policy_hidden=200, x_scale=x_scale))
     std = lambda name: dict(policy.named_parameters())[name].std().item()
     inputs = 600 if kind in CHAINS else 300
     wanted = {"in_obs.weight": inputs**-0.5, "hidden1.weight": 200**-0.5, "hidden2.weight": 200**-0.5}
-    wanted |= {"out.weight": 1e-3 * 200**-0.5} | ({"in_x.weight": inputs**-0.5} if kind in CHAINS else {})
+    wanted |= {"out.weight": 1e-3 * 200**-0.5} | ({"in_x.weight": x_scale * inputs**-0.5} if kind in CHAINS else {})
     assert {name: std(name) for name in wanted} == pytest.approx(wanted, rel=0.02)
     assert not any(p.any() for name, p in policy.named_parameters() if name.endswith("bias"))
 
