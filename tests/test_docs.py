@@ -50,7 +50,7 @@ def test_a_table_that_differs_is_found(tmp_path, monkeypatch, capsys):
         (tmp_path / name).write_text(TEXTS[ROOT / name])
     text = TEXTS[ROOT / "runs/omad.md"]
     (tmp_path / "runs/omad.md").write_text(
-        text.replace("| spread | OMAD | 100,000 |", "| spread | OMAD | 200,000 |", 1)
+        text.replace("| spread | OMAD | 200,000 |", "| spread | OMAD | 300,000 |", 1)
     )
     monkeypatch.setattr(report, "ROOT", tmp_path)
     monkeypatch.setattr(report, "FIGURES", {"x.png": (("runs/*.md",), Figure)})
