@@ -13,8 +13,7 @@ centralised distributional critic learns the return plus that entropy bonus. All
 gradient of that critic through all denoising steps. The weight of the bonus, the temperature alpha, tunes itself.
 
 Shape letters: B batch, N agents, O observation, A action, S joint state, K denoising steps, Q critics, Z atoms,
-H hidden, E environments. Agents are a tensor dimension everywhere. O and A are the sizes of the largest agent; smaller
-ones are padded with zeros, and masks keep the padding out of every sum.
+H hidden, E environments. O and A are those of the largest agent: others are padded with zeros, and masked in sums.
 """
 
 import copy
@@ -73,40 +72,41 @@ class Args:
     policy_frequency: int = 3  # critic updates per update of the policies and the temperature
     policy_lr: float = 3e-4  # learning rate of the policies
     q_lr: float = 3e-4  # learning rate of the critics
-    adam_beta1: float = 0.5  # beta_1 of Adam, for policies and critics
-    policy: Literal["diffusion", "gaussian"] = "diffusion"  # the method; or squashed Gaussians, all else equal
+    policy: Literal["diffusion", "dime", "gaussian"] = "diffusion"  # dime: the published chain; or squashed Gaussians
     denoising_steps: int = 8  # K, steps from noise to action
+    last_noise: bool = True  # actions with the noise of the last step; --no-last-noise to evaluate them without
     policy_hidden: int = 256  # H, width of each agent's network
-    policy_grad_clip: float = 1.0  # element-wise bound on the policies' gradients
+    time_power: float = 1.0  # step k is at time 1 - (1 - k / K)^power: more ends in smaller noise, for narrow modes
+    x_scale: float = 1.0  # of the first layer's weights of x at the start; more is for many modes
     critic_hidden: int = 2048  # width of each critic
     n_atoms: int = 100  # Z, atoms of the return distribution
     v_min: float = -1000.0  # smallest representable return
     v_max: float = 1000.0  # largest; must exceed the largest discounted return with entropy bonus
-    critic_entropy_coef: float = 0.005  # weight of the bonus on the entropy of the predicted return distribution
-    bn_momentum: float = 0.99  # momentum of the batch renormalisation's running statistics
+    random_critics: bool = False  # start the critics' last layers at random; else at zero [deviation D6]
     bn_warmup: int = 100_000  # critic updates with plain batch normalisation before renormalisation sets in
-    target_networks: bool = False  # slowly averaged target critics, instead of the joint forward pass without them
-    tau: float = 0.005  # averaging rate of the target critics
-    alpha: float = 1.0  # start value of the temperature; its fixed value with --no-autotune
-    autotune: bool = True  # tune the temperature automatically
-    alpha_lr: float = 1e-3  # learning rate of log alpha
-    target_entropy_scale: float = 4.0  # the running cost should be this times the joint action dimension
+    tau: float = 0.0  # averaging rate of slow target critics; 0: none, but a joint forward pass
+    alpha: float = 1.0  # start value of the temperature
+    alpha_lr: float = 1e-3  # learning rate of log alpha; 0: the temperature stays as it is
+    target_entropy_scale: float = 4.0  # path costs, but for the part of x_0, should be this times the joint dimension
 
 
 # [deviation D1] MPE presets suit a laptop CPU: small networks, fewer updates, support and discount of 25-step episodes.
 MPE = dict(
-    total_timesteps=100_000, num_envs=8, eval_every=10_000, eval_episodes=100, learning_starts=2_000, gamma=0.95,
-    updates_per_step=0.25, policy_lr=1e-3, q_lr=1e-3, policy_hidden=64, critic_hidden=128, v_min=-30.0, v_max=10.0,
-    bn_warmup=5_000, alpha=0.005,
+    total_timesteps=200_000, num_envs=16, eval_every=10_000, eval_episodes=100, learning_starts=2_000, gamma=0.95,
+    updates_per_step=0.125, policy_lr=1e-3, q_lr=1e-3, denoising_steps=4, policy_hidden=64, critic_hidden=128,
+    v_min=-30.0, v_max=10.0, bn_warmup=5_000, alpha=0.005,
 )  # fmt: skip
 # MaMuJoCo has the sizes of the paper and of DIME, which want a GPU. Supports are symmetric: values then start near 0.
-ROBOT = dict(observation="full", v_min=-1000.0, v_max=1000.0)
+ROBOT = dict(observation="full")
 # OMAR's tasks make offline data, on a CPU [deviation D1]. Steps of many copies of a particle world cost almost nothing.
-OMAR = MPE | dict(num_envs=32, updates_per_step=0.0625, eval_every=4_000, learning_starts=4_000, alpha=0.1)
-SUITES = {"mpe": MPE, "mamujoco": ROBOT, "omar": OMAR}
+OMAR = MPE | dict(total_timesteps=100_000, num_envs=32, updates_per_step=0.0625, eval_every=4_000, alpha=0.1)
+SUITES = {"mpe": MPE, "mamujoco": ROBOT, "omar": OMAR, "doors": OMAR}
 OWN = {  # what else a task has [deviation D1]; in MaMuJoCo a robot, with all its partitions
     **dict.fromkeys(("mpe_simple", "mpe_simple_speaker_listener"), dict(v_min=-90.0)),
     **dict.fromkeys(("mpe_simple_spread_n4", "mpe_simple_reference"), dict(v_min=-60.0)),
+    "doors_blind": dict(
+        total_timesteps=256_000, updates_per_step=0.125, gamma=1.0, v_min=-2.0, v_max=4.0, alpha=0.02, policy_lr=3e-4,
+        denoising_steps=8, time_power=1.5, x_scale=8.0, critic_hidden=256, target_entropy_scale=6.0),
     "mpe_simple_adversary": dict(v_max=30.0),
     "mpe_collect_treasure": dict(v_min=-60.0, v_max=60.0),
     **dict.fromkeys(("omar_simple_spread", "omar_simple_spread_6"), dict(v_min=-600.0, v_max=600.0)),
@@ -114,8 +114,7 @@ OWN = {  # what else a task has [deviation D1]; in MaMuJoCo a robot, with all it
     "omar_simple_world": dict(v_min=-200.0, v_max=200.0, total_timesteps=400_000),
     "omar_halfcheetah_2x3": dict(
         v_min=-500.0, v_max=500.0, total_timesteps=500_000, num_envs=10, updates_per_step=0.1, eval_every=10_000,
-        eval_episodes=10, learning_starts=10_000, gamma=0.99, policy_hidden=128, critic_hidden=256, bn_warmup=100_000,
-    ),
+        eval_episodes=10, learning_starts=10_000, gamma=0.99, policy_hidden=128, critic_hidden=256, bn_warmup=100_000),
     "mamujoco_halfcheetah": dict(v_min=-2000.0, v_max=2000.0),
     "mamujoco_swimmer": dict(v_min=-50.0, v_max=50.0, alpha=0.1),
     "mamujoco_manysegmentswimmer": dict(v_min=-100.0, v_max=100.0, alpha=0.01),
@@ -137,10 +136,9 @@ def preset(env_id: str) -> Args:
 class ParallelLinear(nn.Module):
     """N linear layers side by side, one per agent or critic, as one batched product: x [N, B, in] -> [N, B, out]."""
 
-    def __init__(self, n: int, n_in: int, n_out: int, fan_in: Tensor | None = None):
+    def __init__(self, n: int, n_in: int, n_out: int, scale: float = 1.0):
         super().__init__()
-        std = (torch.full([n], n_in) if fan_in is None else fan_in).float().rsqrt()  # by the real inputs of each [N]
-        self.weight = nn.Parameter(torch.randn(n, n_in, n_out) * std[:, None, None])
+        self.weight = nn.Parameter(torch.randn(n, n_in, n_out) * scale / math.sqrt(n_in))
         self.bias = nn.Parameter(torch.zeros(n, 1, n_out))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -148,99 +146,107 @@ class ParallelLinear(nn.Module):
 
 
 class DiffusionPolicy(nn.Module):
-    """N independent diffusion policies, stochastic differential equations with learned u and rho [OMAD chain]:
+    """N independent diffusion policies: K steps with a learned u, from noise to x_K, and the action a = tanh(x_K).
 
-    x_0 ~ N(0, 2.5^2 I),   x_{k+1} = mu_k + sqrt(2 eta_k) noise,   a = tanh(x_K)
-    mu_k = x_k + eta_k (-x_k / 2.5^2 + u(x_k, o, k)),   eta_k = softplus(rho_dt) schedule_k / softplus(rho_friction)"""
+    x_0 ~ N(0, 2.5^2 I),   x_{k+1} ~ N(keep_k x_k + gain_k u(x_k, o, k), var_k)
+    The way back, which only the bound on the entropy needs:   x_k ~ N(back_k x_{k+1}, wide_k)"""
 
     def __init__(self, obs_sizes: list[int], action_sizes: list[int], args: Args, steps: int = 0):
         super().__init__()
         n, o, a, hidden = len(obs_sizes), max(obs_sizes), max(action_sizes), args.policy_hidden
         real = torch.arange(a) < torch.tensor(action_sizes)[:, None]  # [N, A]
         self.register_buffer("action_mask", real.float()[:, None], persistent=False)  # [N, 1, A]
-        self.rho_dt = nn.Parameter(torch.full([n, 1, 1], math.log(math.expm1(0.1))))  # its softplus is 0.1
-        self.rho_friction = nn.Parameter(torch.full([n, 1, a], math.log(math.expm1(1.0))))
-        # Embedding of the integer step: H Fourier features [deviation D3] with a learned phase, then a small network.
-        self.register_buffer("frequency", torch.linspace(0.1, 100.0, hidden)[None, None], persistent=False)
-        self.phase = nn.Parameter(torch.zeros(n, 1, hidden))
-        self.time1, self.time2 = ParallelLinear(n, 2 * hidden, hidden), ParallelLinear(n, hidden, hidden)
-        # First layer, in three blocks with a bias each [deviation D5]: those of o and embedding are used once a chain.
-        fan_in = torch.tensor(action_sizes) + torch.tensor(obs_sizes) + hidden
-        self.in_x, self.in_obs, self.in_time = (ParallelLinear(n, size, hidden, fan_in) for size in (a, o, hidden))
-        self.hidden1, self.hidden2, self.out = (ParallelLinear(n, hidden, size) for size in (hidden, hidden, a))
-        nn.init.normal_(self.out.weight, std=1e-4)  # near zero [DIME]: the chain starts as noise
+        # The first layer: x's part, o's, used once a chain, and that of H embedded steps, a bias each [deviation D3].
+        self.in_x, self.in_obs = (ParallelLinear(n, i, hidden, math.sqrt(i / (a + o + hidden))) for i in (a, o))
+        self.in_x.weight.data *= args.x_scale
+        self.in_step = nn.Parameter(0.5 * torch.randn(n, args.denoising_steps, hidden))
+        self.hidden1, self.hidden2 = ParallelLinear(n, hidden, hidden), ParallelLinear(n, hidden, hidden)
+        self.out = ParallelLinear(n, hidden, a, scale=1e-3)  # near zero [DIME]
         # K. With other `steps` than trained the chain walks the same stretch of time in longer or shorter ones.
-        self.steps = steps or args.denoising_steps
-        k, stretch = torch.arange(self.steps), args.denoising_steps / self.steps
-        angle = math.pi / 2 * (1.008 - (self.steps - k) / self.steps) / 1.008
-        schedule = 0.999 * torch.cos(angle) ** 2 + 0.001  # large first, tiny last [DIME]
-        self.register_buffer("schedule", (stretch * schedule)[:, None, None, None], persistent=False)  # [K, 1, 1, 1]
-        self.register_buffer("index", (stretch * k)[:, None], persistent=False)  # [K, 1], in steps of the training
+        self.steps, self.dime = steps or args.denoising_steps, args.policy == "dime"
+        time = 1 - torch.linspace(1, 0, self.steps + 1)[:, None, None, None] ** args.time_power  # [K + 1, 1, 1, 1]
+        self.register_buffer("index", torch.arange(self.steps) * args.denoising_steps // self.steps, persistent=False)
+        if self.dime:
+            self.rho_dt = nn.Parameter(torch.full([n, 1, 1], math.log(math.expm1(0.1))))  # its softplus is 0.1
+            self.rho_friction = nn.Parameter(torch.full([n, 1, a], math.log(math.expm1(1.0))))
+            schedule = 0.999 * torch.cos(math.pi / 2 * (0.008 + time[:-1]) / 1.008) ** 2 + 0.001  # tiny last [DIME]
+            self.register_buffer("schedule", args.denoising_steps / self.steps * schedule, persistent=False)
+        else:
+            self.log_s = nn.Parameter(torch.full([n, 1, a], math.log(0.2) / 5))  # a fifth: Adam moves s faster
+            self.register_buffer("signal", torch.cos(math.pi / 2 * 0.97 * (1 - time)), persistent=False)
+
+    def coefficients(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """keep, gain, var, back, wide [K, N, 1, A]. Of DDPM [deviation D5]: u predicts x_K. If x_K ~ N(u, s^2), s
+        learned, and noise is added on the way back, then x_k ~ N(signal_k u, total_k), and a step inverts that exactly.
+
+        [OMAD chain], `--policy dime`: u is a drift, with learned step sizes, and variance 2 eta_k both ways,
+            eta_k = softplus(rho_dt) schedule_k / softplus(rho_friction),   mean x_k + eta_k (-x_k / 2.5^2 + u)"""
+        if self.dime:
+            eta = F.softplus(self.rho_dt) * self.schedule / F.softplus(self.rho_friction)
+            keep = 1 - eta / 2.5**2
+            return keep, eta, 2 * eta, keep, 2 * eta
+        before, after = self.signal[:-1], self.signal[1:]
+        total = (1 - self.signal**2) * 2.5**2 + (self.signal * (5 * self.log_s).exp()) ** 2  # [K + 1, N, 1, A]
+        back, ratio = before / after, total[1:] / total[:-1]
+        wide = (1 - back**2) * 2.5**2
+        return back * ratio, after - back * ratio * before, wide * ratio, back, wide
 
     def noise(self, batch: int) -> Tensor:
         """All the randomness of one chain: [K + 1, B, N, A] standard normal numbers."""
         return torch.randn(self.steps + 1, batch, *self.action_mask.shape[::2], device=self.action_mask.device)
 
-    def forward(self, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """obs [B, N, O], noise as above -> action [B, N, A], running cost [B, N], terminal cost [B, N].
+    def forward(self, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """obs [B, N, O], noise as above -> action [B, N, A], path cost C_i [B, N].
 
-        Their sum is the path cost C_i. E[C_i] >= -H(pi_i): -E[C_i] is a lower bound on the entropy [OMAD bound].
-            running = -(log w + sum_d log(1 - tanh(x_K)^2)),   terminal = log N(x_0; 0, 2.5^2 I)
-            log w   = sum_k log N(x_k; x_{k+1} (1 - eta_k / 2.5^2), 2 eta_k) - log N(x_{k+1}; mu_k, 2 eta_k)"""
+        E[C_i] >= -H(pi_i): -E[C_i] is a lower bound on the entropy [OMAD bound].
+            C     = log N(x_0; 0, 2.5^2 I) - log w - sum_d log(1 - tanh(x_K)^2)
+            log w = sum_k log N(x_k; back_k x_{k+1}, wide_k) - log N(x_{k+1}; keep_k x_k + gain_k u, var_k)"""
         noise = noise.transpose(1, 2) * self.action_mask  # [K + 1, N, B, A]
-        eta = F.softplus(self.rho_dt) * self.schedule / F.softplus(self.rho_friction)  # [K, N, 1, A]
-        angle = self.frequency * self.index + self.phase  # [N, K, H]
-        embedding = self.time2(F.gelu(self.time1(torch.cat([angle.sin(), angle.cos()], -1))))  # [N, K, H]
-        from_time = self.in_time(embedding).transpose(0, 1).unsqueeze(2)  # [K, N, 1, H]
-        # u = h w + b of `out`, so x_{k+1} = decay x_k + h (eta w) + (eta b + noise). What needs no x is computed here.
-        real_eta, decay = eta * self.action_mask, 1 - eta / 2.5**2  # [K, N, 1, A]
-        bias0 = self.in_obs(obs.transpose(0, 1)) + self.in_x.bias + from_time  # of the first layer [K, N, B, H]
-        eta_w = real_eta * self.out.weight  # [K, N, H, A]
-        eta_b_noise = torch.addcmul(real_eta * self.out.bias, (2 * eta).sqrt(), noise[1:])  # [K, N, B, A]
+        keep, gain, var, back, wide = self.coefficients()
+        # u = h w + b of `out`, so x_{k+1} = keep x_k + h (gain w) + (gain b + noise). What needs no x is computed here.
+        gain = gain * self.action_mask
+        bias0 = self.in_obs(obs.transpose(0, 1)) + self.in_x.bias + self.in_step[:, self.index, None].transpose(0, 1)
+        out_ws = gain * self.out.weight  # [K, N, H, A]
+        out_bs = torch.addcmul(gain * self.out.bias, var.sqrt(), noise[1:])  # [K, N, B, A]
         weights = (self.in_x.weight, *self.hidden1.parameters(), *self.hidden2.parameters())
         weights = (p.expand(self.steps, *p.shape) for p in weights)  # so that their gradients are added up in one go
         chain = [2.5 * noise[0]]  # x_0 [N, B, A]
-        for b0, out_w, out_b, decay_k, w0, w1, b1, w2, b2 in zip(bias0, eta_w, eta_b_noise, decay, *weights):
+        for b0, out_w, out_b, keep_k, w0, w1, b1, w2, b2 in zip(bias0, out_ws, out_bs, keep, *weights):
             h = F.gelu(torch.baddbmm(b0, chain[-1], w0))  # exact, not the tanh approximation [deviation D2]
             h = F.gelu(torch.baddbmm(b2, F.gelu(torch.baddbmm(b1, h, w1)), w2))
-            chain.append(torch.baddbmm(torch.addcmul(out_b, decay_k, chain[-1]), h, out_w))
-        # In log w the normalisers cancel, and x_{k+1} - mu_k is sqrt(2 eta_k) noise: that term is -noise^2 / 2 exactly.
+            chain.append(torch.baddbmm(torch.addcmul(out_b, keep_k, chain[-1]), h, out_w))
+        # x_{k+1} less its mean is sqrt(var_k) noise, so that of its log density only -noise^2 / 2 and log var_k vary.
         x, xs = chain[-1], torch.stack(chain)  # [N, B, A], [K + 1, N, B, A]
-        half, behind = noise**2 / 2, torch.addcmul(xs[:-1], xs[1:], decay, value=-1)  # x_k - x_{k+1} decay_k
-        log_w = (half[1:] - behind**2 / (4 * eta)).sum(0)  # [N, B, A]
-        running = 2 * (x + F.softplus(-2 * x) - math.log(2)) - log_w  # first -log(1 - tanh(x)^2), without overflow
-        terminal = (half[0] + math.log(2.5 * math.sqrt(2 * math.pi))) * -self.action_mask
-        return torch.tanh(x).transpose(0, 1), running.sum(-1).T, terminal.sum(-1).T
+        behind = torch.addcmul(xs[:-1], xs[1:], back, value=-1)  # x_k - back_k x_{k+1} [K, N, B, A]
+        cost = (behind**2 / (2 * wide)).sum(0) - (noise**2 / 2).sum(0) + 2 * (x + F.softplus(-2 * x))  # [N, B, A]
+        constant = (wide / var).log().sum(0) / 2 - math.log(4 * 2.5 * math.sqrt(2 * math.pi))  # [N, 1, A]
+        return torch.tanh(x).transpose(0, 1), ((cost + constant) * self.action_mask).sum(-1).T
 
 
 class GaussianPolicy(nn.Module):
-    """The ablation: N independent squashed Gaussians with exact C_i = log pi_i(a_i | o_i). Its terminal part is the
-    average of the diffusion policy's, so that the temperature asks both for the same E[C]."""
+    """The ablation: N independent squashed Gaussians with exact C_i = log pi_i(a_i | o_i)."""
 
     def __init__(self, obs_sizes: list[int], action_sizes: list[int], args: Args, steps: int = 0):
         super().__init__()
         n, o, a, hidden = len(obs_sizes), max(obs_sizes), max(action_sizes), args.policy_hidden
         real = torch.arange(a) < torch.tensor(action_sizes)[:, None]  # [N, A]
         self.register_buffer("action_mask", real.float()[:, None], persistent=False)  # [N, 1, A]
-        self.in_obs = ParallelLinear(n, o, hidden, torch.tensor(obs_sizes))
-        self.hidden1, self.hidden2, self.out = (ParallelLinear(n, hidden, size) for size in (hidden, hidden, 2 * a))
-        nn.init.normal_(self.out.weight, std=1e-4)
+        self.in_obs, self.steps = ParallelLinear(n, o, hidden), 0
+        self.hidden1, self.hidden2 = ParallelLinear(n, hidden, hidden), ParallelLinear(n, hidden, hidden)
+        self.out = ParallelLinear(n, hidden, 2 * a, scale=1e-3)
 
-    def noise(self, batch: int) -> Tensor:
-        return torch.randn(batch, *self.action_mask.shape[::2], device=self.action_mask.device)  # [B, N, A]
+    noise = DiffusionPolicy.noise  # [1, B, N, A]
 
-    def forward(self, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """obs [B, N, O], noise [B, N, A] -> action [B, N, A], running cost [B, N], terminal cost [B, N]."""
-        obs, noise = obs.transpose(0, 1), noise.transpose(0, 1)  # [N, B, ...]
+    def forward(self, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """obs [B, N, O], noise [1, B, N, A] -> action [B, N, A], C_i [B, N]."""
+        obs, noise = obs.transpose(0, 1), noise[0].transpose(0, 1)  # [N, B, ...]
         h = F.gelu(self.hidden2(F.gelu(self.hidden1(F.gelu(self.in_obs(obs))))))
         mean, log_std = self.out(h).chunk(2, -1)  # [N, B, A]
         log_std = -5.0 + 3.5 * (torch.tanh(log_std) + 1)  # in [-5, 2], as in common SAC implementations
         x = (mean + log_std.exp() * noise) * self.action_mask
         log_tanh = 2 * (math.log(2) - x - F.softplus(-2 * x))  # log(1 - tanh(x)^2)
         log_pi = -(noise**2) / 2 - log_std - 0.5 * math.log(2 * math.pi) - log_tanh  # [N, B, A]
-        terminal = -0.5 - math.log(2.5) - 0.5 * math.log(2 * math.pi)
-        running = ((log_pi - terminal) * self.action_mask).sum(-1)
-        return torch.tanh(x).transpose(0, 1), running.T, (terminal * self.action_mask.sum(-1)).expand_as(running).T
+        return torch.tanh(x).transpose(0, 1), (log_pi * self.action_mask).sum(-1).T
 
 
 # 3. Critic ============================================================================================================
@@ -248,9 +254,9 @@ class BatchRenorm(nn.Module):
     """Batch renormalisation of x [Q, B, D] over B, with statistics of each of the Q networks (arXiv 1702.03275).
     In training by the batch's, after `warmup` calls corrected towards the running ones; in evaluation by the latter."""
 
-    def __init__(self, critics: int, size: int, momentum: float, warmup: int):
+    def __init__(self, critics: int, size: int, warmup: int):
         super().__init__()
-        self.momentum, self.warmup = momentum, warmup
+        self.warmup = warmup
         self.scale = nn.Parameter(torch.ones(critics, 1, size))
         self.shift = nn.Parameter(torch.zeros(critics, 1, size))
         self.register_buffer("mean", torch.zeros(critics, 1, size))
@@ -270,7 +276,7 @@ class BatchRenorm(nn.Module):
             warm = self.calls >= self.warmup  # before, the batch is its own reference: r = 1, d = 0
             r = (std / torch.where(warm, running_std, std)).clamp(1 / 3, 3)
             d = ((mean - torch.where(warm, self.mean, mean)) / running_std).clamp(-5, 5)
-            torch._foreach_lerp_([self.mean, self.var], [mean, var], 1 - self.momentum)
+            torch._foreach_lerp_([self.mean, self.var], [mean, var], 0.01)
             self.calls += 1
         return torch.addcmul(torch.addcmul(self.shift, self.scale, d), centred, self.scale * (r / std))
 
@@ -280,23 +286,21 @@ class Critic(nn.Module):
 
     def __init__(self, state_size: int, action_sizes: list[int], args: Args):
         super().__init__()
-        n_in, hidden = state_size + sum(action_sizes), args.critic_hidden
-        norm = lambda size: BatchRenorm(2, size, args.bn_momentum, args.bn_warmup)
+        n_in, hidden = state_size + len(action_sizes) * max(action_sizes), args.critic_hidden
+        norm = lambda size: BatchRenorm(2, size, args.bn_warmup)
         self.norm0, self.layer1 = norm(n_in), ParallelLinear(2, n_in, hidden)
         self.norm1, self.layer2 = norm(hidden), ParallelLinear(2, hidden, hidden)
-        self.norm2, self.out = norm(hidden), ParallelLinear(2, hidden, args.n_atoms)
-        real = torch.arange(max(action_sizes)) < torch.tensor(action_sizes)[:, None]  # [N, A]
-        self.register_buffer("real", real.flatten().nonzero().flatten(), persistent=False)
+        self.norm2, self.out = norm(hidden), ParallelLinear(2, hidden, args.n_atoms, scale=float(args.random_critics))
         self.register_buffer("atoms", torch.linspace(args.v_min, args.v_max, args.n_atoms), persistent=False)  # [Z]
 
     def forward(self, state: Tensor, action: Tensor) -> Tensor:
-        x = torch.cat([state, action.flatten(1).index_select(1, self.real)], -1)  # [B, S + real actions]
+        x = torch.cat([state, action.flatten(1)], -1)  # [B, S + N A]
         x = self.norm1(F.relu(self.layer1(self.norm0(x.expand(2, -1, -1)))))  # [Q, B, H]
         return self.out(self.norm2(F.relu(self.layer2(x))))
 
 
 # 4. Losses and updates ================================================================================================
-POLICIES = {"diffusion": DiffusionPolicy, "gaussian": GaussianPolicy}
+POLICIES = {"diffusion": DiffusionPolicy, "dime": DiffusionPolicy, "gaussian": GaussianPolicy}
 
 
 def project(probs: Tensor, places: Tensor, atoms: Tensor) -> Tensor:
@@ -315,16 +319,16 @@ class OMAD(nn.Module):
 
     def __init__(self, env: TeamEnv, args: Args, device: torch.device):
         super().__init__()
-        self.args, self.slow_critic = args, None
+        self.args = args
         self.policy = POLICIES[args.policy](env.obs_sizes, env.action_sizes, args).to(device)
         self.critic = Critic(env.state_size, env.action_sizes, args).to(device)
-        if args.target_networks:
-            self.slow_critic = copy.deepcopy(self.critic).eval().requires_grad_(False)
+        self.slow_critic = copy.deepcopy(self.critic).eval().requires_grad_(False) if args.tau else None
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha), device=device))
-        self.target_cost = args.target_entropy_scale * sum(env.action_sizes)
+        start = -0.5 - math.log(2.5 * math.sqrt(2 * math.pi))  # E[log N(x_0; 0, 2.5^2)], which is in C, but not in 4
+        self.target_cost = (args.target_entropy_scale + start) * sum(env.action_sizes)
         adam = partial(torch.optim.Adam, fused=True, capturable=device.type == "cuda")
-        self.policy_adam = adam(self.policy.parameters(), args.policy_lr, betas=(args.adam_beta1, 0.999))
-        self.critic_adam = adam(self.critic.parameters(), args.q_lr, betas=(args.adam_beta1, 0.999))
+        self.policy_adam = adam(self.policy.parameters(), args.policy_lr, betas=(0.5, 0.999))
+        self.critic_adam = adam(self.critic.parameters(), args.q_lr, betas=(0.5, 0.999))
         self.alpha_adam = adam([self.log_alpha], args.alpha_lr)
         self.adams = (self.policy_adam, self.critic_adam, self.alpha_adam)
         if args.compile:
@@ -333,15 +337,14 @@ class OMAD(nn.Module):
     def critic_loss(self, batch: dict, noise: Tensor) -> tuple[Tensor, dict]:
         """Cross-entropy to the entropy-regularised distributional target [OMAD critic], with p_q the masses of Z_q:
 
-            L = sum_q E[-sum_j target_j log p_qj(s, a) + critic_entropy_coef sum_j p_qj log p_qj]
+            L = sum_q E[-sum_j target_j log p_qj(s, a) + 0.005 sum_j p_qj log p_qj]
             target: mass mean_q p_qj(s', a') at the places r + gamma (1 - terminated) (z_j - alpha sum_i C_i), projected
 
         A truncated step is not terminated: its target bootstraps from the true final observation. Without slow critics
         (s, a) and (s', a') pass through the critics as one batch, so that its statistics are those of both [CrossQ]."""
         critic, alpha = self.critic.train(), self.log_alpha.detach().exp()
         with torch.no_grad():
-            next_action, running, terminal = self.policy(batch["next_obs"], noise)
-            path_cost = (running + terminal).sum(1, keepdim=True)  # sum_i C_i [B, 1]
+            next_action, path_cost = self.policy(batch["next_obs"], noise)  # [B, N, A], [B, N]
         if self.slow_critic is None:
             states = torch.cat([batch["state"], batch["next_state"]])
             logits, next_logits = critic(states, torch.cat([batch["action"], next_action])).chunk(2, dim=1)  # [Q, B, Z]
@@ -350,11 +353,11 @@ class OMAD(nn.Module):
             next_logits = self.slow_critic(batch["next_state"], next_action)
         with torch.no_grad():
             discount = self.args.gamma * (1 - batch["terminated"])[:, None]  # [B, 1]
-            places = batch["reward"][:, None] + discount * (critic.atoms - alpha * path_cost)  # [B, Z]
+            places = batch["reward"][:, None] + discount * (critic.atoms - alpha * path_cost.sum(1, True))  # [B, Z]
             target = project(F.softmax(next_logits, -1).mean(0), places, critic.atoms)  # [B, Z]
         log_probs = F.log_softmax(logits, -1)
         probs = log_probs.exp()
-        loss = ((self.args.critic_entropy_coef * probs - target) * log_probs).sum() / len(target)  # [Q, B, Z] -> []
+        loss = ((0.005 * probs - target) * log_probs).sum() / len(target)  # [Q, B, Z] -> []
         value = probs.detach() @ critic.atoms  # [Q, B]
         logs = {"losses/critic": loss.detach(), "diag/value": value.mean()}
         logs["diag/critic_disagreement"] = (value[0] - value[1]).abs().mean()
@@ -364,21 +367,21 @@ class OMAD(nn.Module):
     def policy_loss(self, batch: dict, noise: Tensor) -> tuple[Tensor, dict, Tensor]:
         """One step for all agents at once: L = E[-mean_q E[Z_q(s, a_1..a_N)] + alpha sum_i C_i] [OMAD policies].
 
-        Its gradient runs through the critics, held fixed, and the whole chain. Also returns sum_i running_i [B]."""
+        Its gradient runs through the critics, held fixed, and the whole chain. Also returns E[sum_i C_i]."""
         critic, alpha = self.critic.eval(), self.log_alpha.detach().exp()
-        action, running, terminal = self.policy(batch["obs"], noise)
+        action, path_cost = self.policy(batch["obs"], noise)
         value = F.softmax(critic(batch["state"], action), -1) @ critic.atoms  # [Q, B]
-        path_cost = (running + terminal).sum(1).mean()  # []
+        path_cost = path_cost.sum(1).mean()  # []
         loss = alpha * path_cost - value.mean()
         logs = {"losses/policy": loss.detach(), "diag/entropy_bound": -path_cost.detach()}
         logs["diag/action_saturation"] = (action.detach().abs() > 0.99).float().mean()
-        return loss, logs, running.detach().sum(1)
+        return loss, logs, path_cost.detach()
 
-    def temperature_loss(self, running: Tensor) -> tuple[Tensor, dict]:
-        """L = alpha (4 sum_i dim a_i - E[sum_i running_i]): little noise, a high cost, raises alpha [OMAD alpha]."""
-        alpha, running = self.log_alpha.exp(), running.mean()
-        loss = alpha * (self.target_cost - running)
-        return loss, {"losses/temperature": loss.detach(), "diag/running_cost": running, "diag/alpha": alpha.detach()}
+    def temperature_loss(self, path_cost: Tensor) -> tuple[Tensor, dict]:
+        """L = alpha (target_cost - E[sum_i C_i]): little noise, a high cost, raises alpha [OMAD alpha]."""
+        alpha = self.log_alpha.exp()
+        loss = alpha * (self.target_cost - path_cost)
+        return loss, {"losses/temperature": loss.detach(), "diag/alpha": alpha.detach()}
 
     def update(self, batch: dict, critic_noise: Tensor, policy_noise: Tensor | None = None) -> dict:
         """One update of the critics and, if there is noise for it, of policies and temperature, on the same batch."""
@@ -391,16 +394,15 @@ class OMAD(nn.Module):
                 slow.lerp_(fast, self.args.tau) if slow.is_floating_point() else slow.copy_(fast)
         if policy_noise is None:
             return logs
-        loss, policy_logs, running = self.policy_loss(batch, policy_noise)
+        loss, policy_logs, path_cost = self.policy_loss(batch, policy_noise)
         self.policy_adam.zero_grad()
         loss.backward(inputs=list(self.policy.parameters()))
-        nn.utils.clip_grad_value_(self.policy.parameters(), self.args.policy_grad_clip)
+        nn.utils.clip_grad_value_(self.policy.parameters(), 1.0)
         self.policy_adam.step()
-        loss, alpha_logs = self.temperature_loss(running)
-        if self.args.autotune:
-            self.alpha_adam.zero_grad()
-            loss.backward()
-            self.alpha_adam.step()
+        loss, alpha_logs = self.temperature_loss(path_cost)
+        self.alpha_adam.zero_grad()
+        loss.backward()
+        self.alpha_adam.step()
         return logs | policy_logs | alpha_logs
 
 
@@ -466,7 +468,9 @@ def make_act(policy: nn.Module, args: Args = Args()) -> Callable[[np.ndarray], n
 
     @torch.no_grad()
     def act(obs: np.ndarray) -> np.ndarray:
-        action = chain(torch.from_numpy(obs).to(device), policy.noise(len(obs))).cpu().numpy()
+        noise = policy.noise(len(obs))
+        noise[-1] *= args.last_noise
+        action = chain(torch.from_numpy(obs).to(device), noise).cpu().numpy()
         if not np.isfinite(action).all():
             raise FloatingPointError("an action is not finite: the networks have diverged")
         return action
@@ -541,7 +545,7 @@ def train(args: Args, envs: gym.vector.VectorEnv | None = None) -> None:
             obs, info = envs.reset(seed=mix_seed(args.seed, step))  # so that a resumed run is the same [deviation D4]
             state = info["state"]
         # Act.
-        uniform = lambda: torch.rand(envs.action_space.shape, device=device).cpu().numpy() * 2 - 1
+        uniform = lambda: (torch.rand(envs.action_space.shape, device=device).cpu().numpy() * 2 - 1) * env.action_mask
         action = act(obs) if step >= args.learning_starts else uniform()
         # Learn from what is stored by now: a GPU does it while the environments step.
         if step > args.learning_starts:
@@ -574,9 +578,9 @@ def train(args: Args, envs: gym.vector.VectorEnv | None = None) -> None:
 
 
 # 6. Files and command line ============================================================================================
-FORMAT = "omad-3"  # of policy.pt and checkpoint.pt; raise it when a change makes older files unreadable
+FORMAT = "omad-4"  # of policy.pt and checkpoint.pt; raise it when a change makes older files unreadable
 WITH_RESUME = set("resume total_timesteps prey device torch_threads cuda_graph compile capture_video".split())
-WITH_EVALUATE = WITH_RESUME - {"total_timesteps"} | set("evaluate seed eval_episodes denoising_steps".split())
+WITH_EVALUATE = WITH_RESUME ^ set("total_timesteps evaluate seed eval_episodes denoising_steps last_noise".split())
 
 
 def write(path: Path, dump: Callable[[Path], object]) -> None:
@@ -612,12 +616,9 @@ def parse(argv: list[str]) -> Args:
     """The command line, over the defaults of its task or over the arguments of the run or policy that it names."""
     words = [part for word in argv for part in word.split("=", 1)]
     given = dict(zip((word.replace("_", "-") for word in words), words[1:]))
-    for flag, value in zip(["", *words], words):
-        if value == "" or flag == "" and value[0] != "-":
-            raise BadInput(f"{flag} needs a value" if flag else f"{value!r} stands without a flag: --env-id {value}?")
-    if run := given.get("--resume"):
+    if (run := given.get("--resume")) is not None:
         default, free = Args(**load(Path(run, "config.json"))["args"]), WITH_RESUME
-    elif path := given.get("--evaluate"):
+    elif (path := given.get("--evaluate")) is not None:
         default, free = Args(**load(Path(path))["args"] | {"resume": "", "capture_video": False}), WITH_EVALUATE
     else:
         default, free = preset(given.get("--env-id", Args.env_id)), vars(Args())
@@ -627,10 +628,9 @@ def parse(argv: list[str]) -> Args:
         (0, 2**31 - 1, "seed torch_threads learning_starts bn_warmup"),
         (1, 10**9, "total_timesteps num_envs eval_episodes buffer_size policy_frequency denoising_steps"),
         (2, 10**6, "batch_size n_atoms policy_hidden critic_hidden"),
-        (0.0, 1.0, "gamma tau bn_momentum"),
-        (0.0, 0.9999, "adam_beta1"),
-        (1e-12, 1e15, "policy_lr q_lr alpha alpha_lr policy_grad_clip updates_per_step"),
-        (-1e9, 1e9, "v_min v_max target_entropy_scale critic_entropy_coef"),
+        (0.0, 1.0, "gamma tau alpha_lr"),
+        (1e-12, 1e15, "policy_lr q_lr alpha updates_per_step time_power x_scale"),
+        (-1e9, 1e9, "v_min v_max target_entropy_scale"),
     )
     for low, high, name in ((low, high, name) for low, high, names in ranges for name in names.split()):
         if not low <= getattr(args, name) <= high:

@@ -7,6 +7,7 @@ and one reward, so that gymnasium's own vector environments, episode statistics 
     mpe_<scenario>                     the cooperative scenarios of mpe2, and simple_adversary against a script
     mamujoco_<scenario>_<partition>    any partition of any robot that gymnasium-robotics' MaMuJoCo knows
     omar_<scenario>                    the tasks in which OMAR's offline data were made (`common/omar.py`)
+    doors_blind                        two agents who must mix several ways (`common/doors.py`)
 
 Definitions, used everywhere in this project:
     team reward = mean over the team's agents of the environment's own reward
@@ -56,6 +57,7 @@ from pettingzoo import ParallelEnv
 from pettingzoo.utils.conversions import aec_to_parallel
 
 from common import BadInput, omar
+from common.doors import BlindDoors
 
 # Otherwise mujoco prints that a robot's file uses a deprecated attribute, once per copy, and keeps a log file of it.
 mujoco.set_mju_user_warning(lambda text: None if "deprecated" in text else print(f"mujoco: {text}", file=sys.stderr))
@@ -118,6 +120,13 @@ TASKS: dict[str, Task] = {
     "mpe_simple_line": _mpe(simple_line_v1, "four agents line up between two landmarks"),
     "mpe_collect_treasure": _mpe(collect_treasure_v1, "six collectors bring treasures to two movable deposits"),
 }
+
+
+# --- a task of this project ---
+
+TASKS["doors_blind"] = Task(
+    BlindDoors, "two agents look for the open one of four windows, blind", horizon=100, own_state=True, terminates=True
+)
 
 
 # --- OMAR's tasks ---
@@ -361,7 +370,7 @@ class TeamEnv(gym.Env):
         self._converters = {agent: _action_converter(env, agent) for agent in env.possible_agents}
         self._opponent_obs: dict[str, np.ndarray] = {}
         self.obs_sizes = [env.observation_space(agent).shape[0] for agent in self.agents]
-        self.state_size = inner.observation_space.shape[0] if own_state else sum(self.obs_sizes)
+        self.state_size = env.state().size if own_state else sum(self.obs_sizes)
         if observe_state:
             self.obs_sizes = [self.state_size + self.num_agents] * self.num_agents
         self.action_sizes = [self._converters[agent][0] for agent in self.agents]

@@ -25,7 +25,7 @@ import omad
 from common.envs import Act, BadInput, find_task, make_env, make_vec, mix_seed, sha256
 
 POLICIES = Path(__file__).parent / "policies"
-FORMAT = "omad-policy-1"
+FORMAT = "omad-policy-2"
 
 
 @torch.no_grad()
@@ -47,19 +47,13 @@ def load_behaviour(env_id: str, level: str, folder: Path = POLICIES) -> tuple[to
         about = json.loads(path.with_suffix(".json").read_bytes())
         if about["format"] != FORMAT:
             raise ValueError(f"of format {about['format']}, not {FORMAT}")
-        env, args = make_env(env_id), read_args(about["args"])
+        env, args = make_env(env_id), omad.Args(**about["args"])
         policy = omad.POLICIES[args.policy](env.obs_sizes, env.action_sizes, args)
         policy.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # anything, in a file that is damaged
         reason = " ".join(str(error).split())[:200]
         raise BadInput(f"{path}: no behaviour policy of this version ({type(error).__name__}: {reason})") from error
     return policy, about | {"args": args, "sha256": sha256(path)}
-
-
-def read_args(values: dict) -> omad.Args:
-    """Arguments that a file keeps; files of earlier versions can have more of them."""
-    known = {field.name for field in dataclasses.fields(omad.Args)}
-    return omad.Args(**{name: value for name, value in values.items() if name in known})
 
 
 def command(args: omad.Args) -> str:
@@ -94,7 +88,7 @@ def main() -> int:
         print(f"behaviour.py: error: {options.run_dir}: no policy.pt there", file=sys.stderr)
         return 2
     policy, saved = omad.load_policy(options.run_dir / "policy.pt")
-    args = dataclasses.replace(read_args(saved["args"]), total_timesteps=saved["step"], run_dir="runs")
+    args = dataclasses.replace(omad.Args(**saved["args"]), total_timesteps=saved["step"], run_dir="runs")
     copies = min(options.episodes, 1000 if find_task(args.env_id).horizon <= 100 else 50)
     envs = make_vec(args.env_id, copies, args.observation, prey=args.prey)
     rounds = -(-options.episodes // copies)

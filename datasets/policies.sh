@@ -9,14 +9,17 @@ keep() {  # task, level, steps, more flags
   python omad.py --env-id "omar_$1" --seed 1 --total-timesteps "$3" --run-dir "$folder" "${@:4}"
   python datasets/behaviour.py "$folder"/* --level "$2" ${EPISODES:+--episodes "$EPISODES"}
 }
-WIDE="--policy gaussian --policy-hidden 128 --critic-hidden 256 --updates-per-step 0.125 --target-entropy-scale 8 --eval-every 40000"
+CHAIN="--policy dime --denoising-steps 8 --random-critics"  # the published one
+SMALL="$CHAIN --learning-starts 4000"
+WIDE="--policy gaussian --random-critics --policy-hidden 128 --critic-hidden 256 --updates-per-step 0.125"
+WIDE="$WIDE --target-entropy-scale 8 --learning-starts 4000 --eval-every 40000"
 case "${1:-}" in
-  spread) keep simple_spread medium 44000; keep simple_spread expert 80000 ;;
+  spread) keep simple_spread medium 44000 $SMALL; keep simple_spread expert 80000 $SMALL ;;
   tag) keep simple_tag medium 192000 $WIDE; keep simple_tag expert 800000 $WIDE ;;
   world) keep simple_world medium 240000 $WIDE; keep simple_world expert 480000 $WIDE ;;
   halfcheetah)
     EPISODES=200
-    keep halfcheetah_2x3 medium 230000
-    keep halfcheetah_2x3 expert 37000 --num-envs 1 --updates-per-step 1 --eval-every 2000 --learning-starts 5000 ;;
+    keep halfcheetah_2x3 medium 230000 $CHAIN
+    keep halfcheetah_2x3 expert 37000 $CHAIN --num-envs 1 --updates-per-step 1 --eval-every 2000 --learning-starts 5000 ;;
   *) sed -n 2,3p datasets/policies.sh; exit 2 ;;
 esac

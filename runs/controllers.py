@@ -33,7 +33,7 @@ from scripts import BEST, PURSUIT, pursuit, spread, still, uniform, walk
 BOTH = {"random": uniform, "standing still": still}
 CONTROLLERS = {
     **dict.fromkeys(("mpe_simple_spread", "mpe_simple_spread_n4"), BOTH | {"scripted": spread}),
-    **dict.fromkeys(("mamujoco_halfcheetah_2x3", "mamujoco_ant_2x4", "mamujoco_walker2d_2x3"), BOTH),
+    **dict.fromkeys(("doors_blind", "mamujoco_halfcheetah_2x3", "mamujoco_ant_2x4", "mamujoco_walker2d_2x3"), BOTH),
     **{task: dict(random=uniform, straight=partial(pursuit, count=n), scripted=partial(pursuit, count=n, constants=c))
        for task, (n, c) in PURSUIT.items()},
     "omar_simple_spread": {"random": uniform, "fixed assignment": partial(spread, gain=16.0, fixed=True),

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import tyro
-from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from moviepy import VideoFileClip
 from PIL import Image
@@ -28,29 +27,32 @@ import campaign
 import cards
 import omad
 from common.datasets import SCORES, SPLITS, normalize
+from common.doors import WINDOWS
 from common.envs import offers_shift, record_video
 
 DOCUMENTS = ["README.md", *(f"runs/{name}.md" for name in ("omad", "dom2", "speed"))]
 DOCUMENTS += [f"datasets/{name}README.md" for name in ("", "cards/", "policies/")]
 MARKS = re.compile(r"(<!-- report: (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 RESULTS = ROOT / "runs" / "results"
-MPE, DECEPTION = "mpe_simple_spread", "mpe_simple_adversary"
+MPE, DOORS = "mpe_simple_spread", "doors_blind"
 CHEETAH, ANT, WALKER = "mamujoco_halfcheetah_2x3", "mamujoco_ant_2x4", "mamujoco_walker2d_2x3"
 SPREAD, TAG, WORLD, ROBOT = SCORES
 SHARED, SIX = f"{SPREAD}-expert", "omar_simple_spread_6-assignments"
-MEASURED = ["fresh return", "last evaluation", "best evaluation"]
 METHODS = ("dom2", "imitation", "deterministic")
 DATA, OTHERS = [f"{task}-{split}" for task in SCORES for split in SPLITS], METHODS[1:]
-NAMES = {MPE: "spread", "mpe_simple_spread_n4": "spread, four agents", DECEPTION: "physical deception"}
-NAMES |= {CHEETAH: "HalfCheetah 2x3", ANT: "Ant 2x4", WALKER: "Walker2d 2x3"}
+NAMES = {MPE: "spread", "mpe_simple_spread_n4": "spread, four agents", "mpe_simple_adversary": "physical deception"}
+NAMES |= {CHEETAH: "HalfCheetah 2x3", ANT: "Ant 2x4", WALKER: "Walker2d 2x3", DOORS: "blind doors"}
 NAMES |= {SPREAD: "spread", TAG: "tag", WORLD: "world", ROBOT: "HalfCheetah"}
-NAMES |= {"diffusion": "OMAD", "gaussian": "Gaussian ablation", "dom2": "DOM2", "deterministic": "baseline"}
+NAMES |= {"diffusion": "OMAD", "dime": "published chain", "gaussian": "Gaussian ablation"}
+NAMES |= {"dom2": "DOM2", "deterministic": "baseline"}
 NAMES |= {f"{task}-{split}": f"{NAMES[task]}, {split}" for task in SCORES for split in SPLITS}
 TIMED = NAMES | {"omad": "OMAD", "growth": "N agents", "diffusion": "K = 8", "unet": "K = 5", "mlp": "K = 5, MLP"}
 TIMED |= {"critic update": "critics' update", "act in 1": "one decision", "act in 256": "256 decisions at once"}
+MARGINS = {MPE: 8, DOORS: 1.5}  # above standing still; in blind doors that is above the best policies with one mode
 LEVELS = {MPE: -13.0, CHEETAH: 5300.0, ANT: 5400.0, WALKER: 4000.0}  # of HARL's HATD3: published.csv
 CPU = "One core of a shared two-core virtual machine (AMD EPYC), no GPU"  # of all runs that do not say their machine
 name = lambda key: NAMES.get(key, key)
+places = lambda task: 0 if task.startswith("mamujoco") else 2
 
 
 # Reading ==============================================================================================================
@@ -120,8 +122,8 @@ def welch(ours: np.ndarray, theirs: np.ndarray) -> str:
     """win, tie or loss of the first; "" with fewer than two seeds of either."""
     if min(len(ours), len(theirs)) < 2:
         return ""
-    same = ours.std() + theirs.std() == 0
-    return decided(ours.mean() - theirs.mean(), 1.0 if same else stats.ttest_ind(ours, theirs, equal_var=False).pvalue)
+    pvalue = stats.ttest_ind(ours, theirs, equal_var=False).pvalue if ours.std() + theirs.std() else 1.0
+    return decided(ours.mean() - theirs.mean(), pvalue)
 
 
 ends = lambda cells, digits=1: ", ".join(number(end, digits) for end in interval(*cells))
@@ -175,67 +177,45 @@ def made(runs: list[Result]) -> str:
     return f"*{what}. {'; '.join(machines)}; {when}.*"
 
 
-def minutes(*runs: Result) -> str:
-    return number(np.mean([run.curve["wall_time_s"][-1] for run in runs]) / 60) if runs else "–"
+minutes = lambda *runs: number(np.mean([run.curve["wall_time_s"][-1] for run in runs]) / 60) if runs else "–"
 
 
 # Online ===============================================================================================================
-def measured(task: str, runs: list[Result]) -> list[str]:
-    """Cells."""
-    values = [(run.fresh["usual"], run.curve["return_mean"][-1], run.curve["return_mean"].max()) for run in runs]
-    return [cell(column, 2 if "mpe" in task else 0) for column in np.reshape(values, (-1, 3)).T]
-
-
 def online(experiment: str, *tasks: str) -> str:
     """A row for each task and policy."""
-    there = [(task, policy, read(experiment, task, policy)) for task in tasks for policy in ("diffusion", "gaussian")]
+    there = [(on, who, read(experiment, on, who)) for on in tasks for who in ("diffusion", "dime", "gaussian")]
     rows, there = [], [known for known in there if known[2]]
     for task, policy, runs in there:
         hits = [(run, np.flatnonzero(run.curve["return_mean"] >= LEVELS.get(task, np.inf))) for run in runs]
         times = [run.curve["wall_time_s"][hit[0]] / 60 for run, hit in hits if len(hit)]
         reached = f"{len(times)} of {len(runs)}" + (f", after {number(np.median(times))} min" if times else "")
-        steps, cells = f"{runs[0].curve['step'][-1]:,.0f}", measured(task, runs)
+        values = [(run.fresh["usual"], run.curve["return_mean"][-1], run.curve["return_mean"].max()) for run in runs]
+        steps, cells = f"{runs[0].curve['step'][-1]:,.0f}", [cell(v, places(task)) for v in np.transpose(values)]
         rows.append([name(task), name(policy), steps, *cells, reached if task in LEVELS else "–", minutes(*runs)])
-    head = ["task", "policy", "steps", *MEASURED, "HATD3's level", "minutes"]
-    return table(head, rows, made([run for *_, runs in there for run in runs]))
+    head = "task", "policy", "steps", "fresh return", "last evaluation", "best evaluation", "HATD3's level", "minutes"
+    return table(head, rows, made([run for *_, runs in there for run in runs])) if rows else "Not run yet."
 
 
-def compared(experiment: str, tasks: dict[str, str], default: str = "diffusion") -> str:
-    """A row for each variant, the default first; `tasks` says which experiment has the default's runs on each."""
-    rows, used, folders = [], [], {run.variant: run.place.name for run in campaign.declared((experiment,))}
-    for variant, folder in ({default: default} | folders).items():
-        found = {task: read(other if variant == default else experiment, task, folder) for task, other in tasks.items()}
-        cells = [[*measured(task, runs)[:2], minutes(*runs)] for task, runs in found.items()]
-        rows.append([name(variant), *sum(cells, [])])
-        used.append(sum(found.values(), []))
-    head = [f"{name(task)}: {what}" for task in tasks for what in (*MEASURED[:2], "minutes")]
-    return table(["variant", *head], rows, made(sum(used, []))) if any(used[1:]) else "Not run yet."
+def compared(experiment: str, tasks: dict[str, tuple[str, int]]) -> str:
+    """A row for each variant, the two policies first: `tasks` says who has runs of those, and after how many steps."""
+    rows, used, known = [], [], dict.fromkeys(("diffusion", "gaussian"))
+    for variant, folder in (known | {run.variant: run.place.name for run in campaign.declared((experiment,))}).items():
+        row = [name(variant)]
+        for task, (other, steps) in tasks.items():
+            used.append(read(experiment, task, folder) if folder else read(other, task, variant))
+            values = [run.curve["return_mean"][np.searchsorted(run.curve["step"], steps)] for run in used[-1]]
+            row.append(cell(np.array(values), places(task)))
+        rows.append(row)
+    head = [f"{name(task)}, {steps:,} steps" for task, (_, steps) in tasks.items()]
+    return table(["variant", *head], rows, made(sum(used, []))) if any(used[2 * len(tasks) :]) else "Not run yet."
 
 
-def fewer_steps() -> str:
-    settings = ["usual", *(f"K = {k}" for k in (4, 2, 1))]
-    cells = [cell(fresh("robots", CHEETAH, "diffusion", setting), 0) for setting in settings]
-    return table(["K = 8, as trained", *settings[1:]], [cells], made(read("robots", CHEETAH, "diffusion")))
-
-
-def visited(steps: int = 250_000, size: float = 1.0) -> list[tuple[Result, str, np.ndarray, np.ndarray]]:
-    """Of each run on Ant the bins of the plane [V, 2] in which the torso was after its first steps; how often [V]."""
-    found = []
-    for run, policy in ((run, policy) for policy in ("diffusion", "gaussian") for run in read("robots", ANT, policy)):
-        xy = np.load(RESULTS / "robots" / ANT / policy / run.folder / "torso_xy.npy")[:steps]  # [steps, 2] in metres
-        found.append((run, policy, *np.unique(np.floor(xy / size).astype(int), axis=0, return_counts=True)))
-    return found
-
-
-def coverage() -> str:
-    """A share is of the bins that any of the runs visited: it depends on which runs there are."""
-    rows, found = [], visited()
-    union = len(np.unique(np.concatenate([bins for _, _, bins, _ in found]), axis=0))
-    for run, policy, bins, counts in found:
-        seed, share = run.config["args"]["seed"], len(bins) / union
-        rows.append([name(policy), seed, f"{counts.sum():,}", f"{len(bins):,}", f"{share:.0%}"])
-    head = ["policy", "seed", "training steps", "bins of 1 m² visited", f"of all {union:,} that any run visited"]
-    return table(head, rows)
+def noises() -> str:
+    """Other ways to act with the policies of HalfCheetah."""
+    settings, policies = ["usual", "no last noise", "K = 2", "K = 1"], ("diffusion", "gaussian")
+    rows = [[name(policy), *(cell(fresh("robots", CHEETAH, policy, x), 0) for x in settings)] for policy in policies]
+    used = sum((read("robots", CHEETAH, policy) for policy in policies), [])
+    return table(["policy", "as trained", *settings[1:]], rows, made(used)) if used else "Not run yet."
 
 
 # Offline ==============================================================================================================
@@ -271,15 +251,14 @@ def dom2_summary() -> str:
     rows = []
     for method, own in scores.items():
         took = minutes(*(run for dataset in DATA for run in read("offline", dataset, method)))
-        compared = ["", "", ""]
+        compared = ["", ""]
         if method != "dom2":
             low, high = interval(*scores["dom2"], *own, statistic=improvement)
-            higher = sum(iqm(a) > iqm(b) for a, b in zip(scores["dom2"], own))
             verdicts = tally([against(dataset)[OTHERS.index(method)] for dataset in DATA])
             share = f"{improvement(*scores['dom2'], *own):.0%} [{low:.0%}, {high:.0%}]"
-            compared = [share, verdicts, f"{higher} of {len(DATA)}"]
+            compared = [share, verdicts]
         rows.append([name(method), pooled(own), *compared, took])
-    head = ["method", "normalised", "a run of DOM2 is better", "DOM2's wins – ties – losses", "higher mean", "minutes"]
+    head = ["method", "normalised", "a run of DOM2 is better", "DOM2's wins – ties – losses", "minutes"]
     seeds = " to ".join(map(str, sorted({len(cells) for own in scores.values() for cells in own})))
     return table(head, rows, f"*{len(DATA)} data sets, {seeds} seeds of each method.*")
 
@@ -328,12 +307,14 @@ def verdicts() -> str:
     def add(claim: str, verdict: str, told: str, runs: list[Result], file: str) -> None:
         rows.append([claim, f"**{verdict}**", told, minutes(*runs), f"[{file}.md](runs/{file}.md)"])
 
-    for task, experiment in {MPE: "spread", CHEETAH: "robots", WALKER: "robots", ANT: "robots"}.items():
+    for task, experiment in {MPE: "spread", CHEETAH: "robots", WALKER: "robots", ANT: "robots", DOORS: "doors"}.items():
         ours, ablation = (fresh(experiment, task, policy) for policy in ("diffusion", "gaussian"))
-        digits, still = int(task == MPE), scale[task, "standing still"]
+        if not len(ours):
+            continue
+        digits, still = {MPE: 1, DOORS: 2}.get(task, 0), scale[task, "standing still"]
         told = f"{cell(ours, digits)}; standing still {number(still, digits)}"
         told += f", a script {number(scale[task, 'scripted'])}" if task == MPE else ""
-        runs, learns = read(experiment, task, "diffusion"), interval(ours)[0] > still + (8 if task == MPE else 1000)
+        runs, learns = read(experiment, task, "diffusion"), interval(ours)[0] > still + MARGINS.get(task, 1000)
         add(f"OMAD learns {name(task)}", "yes" if learns else "no", told, runs, "omad")
         told, runs = f"ablation {cell(ablation, digits)}", read(experiment, task, "gaussian")
         add("… and beats its Gaussian ablation there", word[welch(ours, ablation)], told, runs, "omad") if learns else 0
@@ -357,32 +338,20 @@ def verdicts() -> str:
     return table(["claim", "verdict", "fresh return [interval] (seeds)", "minutes a run", "more"], rows)
 
 
-def tiers() -> str:
-    """What to expect of which machine."""
-    campaign = "`python runs/campaign.py robots"
-    some = {
-        "`python omad.py`": ("spread", MPE, "diffusion"),
-        f"{campaign} --only halfcheetah_2x3/diffusion --seeds 1`": ("robots", CHEETAH, "diffusion"),
-        "`python dom2.py`": ("offline", f"{SPREAD}-medium", "dom2"),
-    }
-    rows = [["one CPU core", say, minutes(*read(*run)), cell(fresh(*run), 0)] for say, run in some.items()]
-    rows += [["one GPU", "`python omad.py --env-id mamujoco_ant_2x4`", "not measured", "not measured"]]
-    rows += [["cluster", f"{campaign} --address auto`", "not measured", "not measured"]]
-    return table(["machine", "command", "minutes a run", "fresh return"], rows)
-
-
 CONTROLLER = {"task": "{task}", "who": "{controller}", "return": "{return_mean:,.1f}"}
 TABLES: dict[str, Callable[[], str]] = {
-    "verdicts": verdicts, "tiers": tiers, "omad-steps": fewer_steps,
-    "omad-spread": lambda: online("spread", MPE), "omad-longer": lambda: online("longer", MPE),
-    "omad-adversary": lambda: online("adversary", DECEPTION),
-    "omad-ablations": lambda: compared("ablations", {MPE: "spread", CHEETAH: "ablations"}),
+    "verdicts": verdicts, "omad-noise": noises,
+    "omad-spread": lambda: online("spread", MPE), "omad-longer": lambda: online("longer", CHEETAH),
+    "omad-others": lambda: online("others", *(run.on for run in campaign.declared(("others",)))),
+    "omad-entropy": lambda: plain("entropy", {"policy": "{policy}", "seed": "{seed:.0f}", "bound": "{bound:.1f}",
+                                              "entropy": "{entropy:.1f}"}),
+    "omad-doors": lambda: online("doors", DOORS), "omad-chain": lambda: compared("chain", {CHEETAH: ("robots", 30_000)}),
+    "omad-ablations": lambda: compared("ablations", {CHEETAH: ("robots", 30_000), MPE: ("spread", 200_000)}),
     "omad-robots": lambda: online("robots", CHEETAH, WALKER, ANT),
     "omad-scripts": lambda: plain("controllers", CONTROLLER | {"episodes": "{episodes:,.0f}"},
                                   lambda row: not row["task"].startswith("omar")),
     "omad-published": lambda: plain("published", {"task": "{task}", "who": "{who}", "return": "{return_mean:,.0f}",
                                                   "source": "{source}"}),
-    "omad-coverage": coverage,
     "dom2-updates": lambda: dom2_returns("updates"), "dom2-returns": lambda: dom2_returns("offline"),
     "dom2-summary": dom2_summary, "dom2-shift": dom2_shift, "dom2-assignments": dom2_assignments,
     "dom2-data": lambda: table(["share of the episodes", *map(name, METHODS)],
@@ -425,22 +394,14 @@ def curves(experiment: str, *tasks: str) -> Figure:
     return figure
 
 
-def coverage_figure() -> Figure:
-    """A map for each run, one below the other: robots run along x."""
-    found = visited()
-    everywhere = np.concatenate([bins for _, _, bins, _ in found])
-    low, high = everywhere.min(0) - 1, everywhere.max(0) + 2
-    figure = Figure(figsize=(9, 1.7 * len(found)), layout="constrained")
-    axes = figure.subplots(len(found), sharex=True)
-    for axis, (run, policy, bins, counts) in zip(axes, found):
-        grid = np.full(high - low, np.nan)
-        grid[tuple((bins - low).T)] = counts
-        edges = [np.arange(low[i], high[i] + 1) for i in range(2)]
-        mesh = axis.pcolormesh(*edges, grid.T, cmap="viridis_r", norm=LogNorm(1, 1e4))
-        axis.plot(0, 0, "r+", markersize=10)
-        axis.set(title=f"{name(policy)}, seed {run.config['args']['seed']}", ylabel="y (m)", aspect="equal")
-    axes[-1].set_xlabel("x (m); episodes start at the cross")
-    figure.colorbar(mesh, ax=axes, label="steps in a bin")
+def doors_figure() -> Figure:
+    """Where the two agents of a trained team go."""
+    policy = omad.load_policy(ROOT / "runs" / "policies" / f"{DOORS}.pt")[0]
+    places = omad.make_act(policy)(np.ones((50_000, 2, 1), np.float32))[..., 0]
+    figure = Figure(figsize=(10, 2.6), layout="constrained")
+    axis = figure.add_subplot(xlabel="action, marked at the middles of windows", ylabel="density", xticks=WINDOWS)
+    axis.hist(places, np.linspace(-1, 1, 201), density=True, histtype="step", label=("agent 0", "agent 1"))
+    axis.legend(fontsize=8)
     return figure
 
 
@@ -495,10 +456,10 @@ def animation() -> list[Image.Image]:
 finished = lambda of: ["runs/results/controllers.csv", *(f"runs/results/{of}/**/*{x}" for x in ("csv", "data.json"))]
 FIGURES: dict[str, tuple[Iterable[str], Callable]] = {  # picture -> the files that it shows, what draws it
     "runs/results/spread.png": (finished("spread"), lambda: curves("spread", MPE)),
-    "runs/results/robots.png": (finished("robots"), lambda: curves("robots", CHEETAH, WALKER, ANT)),
+    "runs/results/robots.png": (finished("robots"), lambda: curves("robots", CHEETAH)),
+    "runs/results/doors.png": ((f"runs/policies/{DOORS}.pt",), doors_figure),
     "runs/results/offline.png": ([*finished("offline"), "datasets/cards/*.json"], offline_figure),
     "runs/results/shift.png": (finished("offline"), shift_figure),
-    "runs/results/coverage.png": ((f"runs/results/robots/{ANT}/*/*/torso_xy.npy",), coverage_figure),
     "runs/results/spread.gif": ((f"runs/policies/{MPE}.pt",), animation),
     "datasets/returns.png": (("datasets/cards/*.json",), cards.draw),
 }  # fmt: skip

@@ -51,7 +51,7 @@ def test_what_is_committed_was_made_with_the_flags_and_presets_of_today(tmp_path
 
 
 TINY = "--learning-starts 20 --eval-every 100 --eval-episodes 2 --policy-hidden 8 --critic-hidden 8 --num-envs 4 "
-TINY += "--batch-size 8 --denoising-steps 1"
+TINY += "--batch-size 8 --denoising-steps 1 --updates-per-step 0.25"
 
 
 @pytest.fixture

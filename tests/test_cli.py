@@ -136,7 +136,7 @@ MOMENTS = (  # where a run dies, and how many rows of eval.csv it has by then; e
 
 def test_a_run_killed_again_and_again_is_the_uninterrupted_one(program, start, monkeypatch):
     """SIGKILL at every kind of moment: exactly the same evaluations, networks, replay and random state in the end."""
-    flags = [*program.flags, *(["--buffer-size", "150", "--target-networks"] if program.name == "omad" else [])]
+    flags = [*program.flags, *(["--buffer-size", "150", "--tau", "0.01"] if program.name == "omad" else [])]
     videos = films(monkeypatch, program)
     assert program.call(*flags, "--capture-video")[0] == 0
     (whole,) = program.runs()
@@ -223,7 +223,7 @@ def test_a_run_that_has_lost_its_checkpoint_is_not_run_over(program):
     "path",
     [
         "spread/mpe_simple_spread/gaussian/*__1__*",
-        "robots/mamujoco_walker2d_2x3/diffusion/*__1__*",
+        "robots/mamujoco_halfcheetah_2x3/diffusion/*__1__*",
         "offline/omar_simple_spread-medium/dom2/*__1__*",
     ],
 )
@@ -307,12 +307,13 @@ def test_evaluate_repeats_the_last_evaluation(program, tmp_path):
     assert program.call("--evaluate", run, run_dir=False) == alone
     assert program.call("--evaluate", moved, program.steps, 3, run_dir=False) == alone  # K as trained
     assert contents(tmp_path) == before
-    other = {alone[1]}
-    for flags in (["--seed", 9], ["--eval-episodes", 7], [program.steps, 1], [program.steps, 5]):
+    other, changes = {alone[1]}, [["--seed", 9], ["--eval-episodes", 7], [program.steps, 1], [program.steps, 5]]
+    changes += [["--no-last-noise"]] if program.name == "omad" else []
+    for flags in changes:
         code, out, err = program.call("--evaluate", moved, *flags, run_dir=False)
         assert code == 0 and (flags[0] != "--eval-episodes" or "over 7 episodes" in out), err
         other.add(out)
-    assert len(other) == 5
+    assert len(other) == 1 + len(changes)
 
 
 def test_videos(program, tmp_path):
@@ -474,11 +475,11 @@ BAD_INPUT = {
         (["--observation", "k9"], ["--observation", "k9"]),
         (["--prey", "nothing.pt"], ["--prey", "has no prey"]),
         (["--resume", "nowhere"], ["nowhere"]),
-        (["--resume", ""], ["--resume"]),
-        (["--resume="], ["--resume"]),
-        (["--evaluate="], ["--evaluate"]),
+        (["--resume", ""], ["config.json"]),
+        (["--resume="], ["config.json"]),
+        (["--evaluate="], ["policy.pt"]),
         (["--evaluate", "nowhere"], ["nowhere"]),
-        (["--evaluate", ""], ["--evaluate"]),
+        (["--evaluate", ""], ["missing"]),
     ],
     "omad": [
         (["--env-id", "mpe_simple_spred"], ["mpe_simple_spred", "mpe_simple_spread"]),
@@ -491,9 +492,10 @@ BAD_INPUT = {
         (["--v-max", "inf"], ["--v-max"]),
         (["--n-atoms", "1"], ["n-atoms"]),
         (["--alpha", "0"], ["--alpha"]),
+        (["--time-power", "0"], ["--time-power"]),
         (["--alpha-lr", "nan"], ["--alpha-lr"]),
-        (["--adam-beta1", "1"], ["--adam-beta1"]),
-        (["--critic-entropy-coef", "nan"], ["--critic-entropy-coef"]),
+        (["--alpha-lr", "-0.001"], ["--alpha-lr"]),
+        (["--target-networks"], ["--target-networks"]),
         (["--target-entropy-scale", "inf"], ["--target-entropy-scale"]),
         (["--updates-per-step", "0.3"], ["--updates-per-step", "whole"]),
         (["--updates-per-step", "nan"], ["--updates-per-step"]),
@@ -537,11 +539,10 @@ def test_words_that_are_not_numbers(program):
         assert refusal(program.call(*program.flags, program.total, word), program.total, f"'{word}'"), word
 
 
-@pytest.mark.parametrize("name, flag", [("mpe_simple_spread", "--env-id"), ("omar_simple_spread-medium", "--dataset")])
-def test_a_task_or_a_data_set_without_its_flag(name, flag, tmp_path, capsys):
-    module = {"--env-id": omad, "--dataset": dom2}[flag]
+@pytest.mark.parametrize("name, module", [("mpe_simple_spread", omad), ("omar_simple_spread-medium", dom2)])
+def test_a_task_or_a_data_set_without_its_flag(name, module, tmp_path, capsys):
     code, out, err = caller(module.main, tmp_path, capsys)(name)
-    assert code == 2 and one_line(err, module.__name__) and f"{flag} {name}" in err and not out
+    assert code == 2 and name in err and not out
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,6 +1,5 @@
-"""Where robots have been: what training records, and the bins of the report."""
+"""Where robots have been: what training records."""
 
-import sys
 import tracemalloc
 
 import gymnasium as gym
@@ -9,23 +8,6 @@ import pytest
 
 import omad
 from common.envs import RecordPositions, make_env, make_vec
-from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "runs"))
-import report
-
-
-def test_bins_that_the_torso_visited(tmp_path, monkeypatch):
-    """Square ones, of the first steps; below zero too."""
-    run = tmp_path / "robots" / report.ANT / "gaussian" / "run"
-    run.mkdir(parents=True)
-    np.save(run / "torso_xy.npy", np.array([[0.1, 0.9], [-0.1, 0.9], [-0.9, 0.1], [1.5, 0.5], [9.0, 9.0]], np.float32))
-    found = report.Result("run", {"args": {"seed": 1}}, {}, {})
-    monkeypatch.setattr(report, "read", lambda experiment, on, policy: [found] if policy == "gaussian" else [])
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
-    ((_, policy, bins, counts),) = report.visited(steps=4)
-    assert policy == "gaussian" and bins.tolist() == [[-1, 0], [0, 0], [1, 0]] and counts.tolist() == [2, 1, 1]
-    assert "| Gaussian ablation | 1 | 5 | 4 | 100% |" in report.coverage()
 
 
 def test_positions_take_the_memory_of_the_steps_taken():

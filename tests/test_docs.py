@@ -50,7 +50,7 @@ def test_a_table_that_differs_is_found(tmp_path, monkeypatch, capsys):
         (tmp_path / name).write_text(TEXTS[ROOT / name])
     text = TEXTS[ROOT / "runs/omad.md"]
     (tmp_path / "runs/omad.md").write_text(
-        text.replace("| spread | OMAD | 100,000 |", "| spread | OMAD | 200,000 |", 1)
+        text.replace("| spread | OMAD | 200,000 |", "| spread | OMAD | 300,000 |", 1)
     )
     monkeypatch.setattr(report, "ROOT", tmp_path)
     monkeypatch.setattr(report, "FIGURES", {"x.png": (("runs/*.md",), Figure)})
@@ -97,7 +97,7 @@ A_MINUTE = [  # or less; not datasets/convert.py, which needs others' data or pa
     "python omad.py --total-timesteps 3000 --learning-starts 400 --eval-every 1000 --eval-episodes 10 --policy-hidden 16",
     "python datasets/collect.py --dataset omar_simple_spread-medium",
     "python datasets/assignments.py",
-    "python runs/belief.py runs/RUN1 runs/RUN2",
+    "python runs/look.py runs/RUN1 runs/RUN2",
     "python runs/speed.py",
     "python runs/speed.py --tables update --turns 5",
 ]

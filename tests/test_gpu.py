@@ -30,8 +30,9 @@ CPU = torch.device("cpu")
 VARIANTS = {
     "omad": (omad, dict()),
     "omad gaussian": (omad, dict(policy="gaussian")),
-    "omad target networks": (omad, dict(target_networks=True)),
-    "omad fixed temperature": (omad, dict(autotune=False)),
+    "omad dime": (omad, dict(policy="dime")),
+    "omad target networks": (omad, dict(tau=0.005)),
+    "omad fixed temperature": (omad, dict(alpha_lr=0.0)),
     "dom2": (dom2, dict()),
     "dom2 mlp": (dom2, dict(network="mlp")),
     "dom2 deterministic": (dom2, dict(policy="deterministic")),

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.distributions import Normal
 
 from common.envs import make_env
 from conftest import load
-from omad import OMAD, Args, BatchRenorm, Critic, DiffusionPolicy, GaussianPolicy, Replay, main, project
+from omad import OMAD, POLICIES, Args, BatchRenorm, Replay, main, make_act, project
 
-POLICIES = [DiffusionPolicy, GaussianPolicy]
+CHAINS = ["diffusion", "dime"]
 OBS_SIZES, ACTION_SIZES = (3, 5, 2), (2, 1, 3)  # three unequal agents
 
 
@@ -33,7 +34,8 @@ def make_args(**changes):
 def make_policy(kind, obs=OBS_SIZES, action=ACTION_SIZES, steps=0, **changes):
     """A policy whose every parameter is away from its special starting value, trained with K = 4."""
     torch.manual_seed(0)
-    policy = kind(list(obs), list(action), make_args(**dict(denoising_steps=4) | changes), steps)
+    args = make_args(**dict(denoising_steps=4, policy=kind) | changes)
+    policy = POLICIES[kind](list(obs), list(action), args, steps)
     for p in policy.parameters():
         p.data += 0.3 * torch.randn_like(p)
     return policy
@@ -48,8 +50,7 @@ def policy_with_inputs(kind):
 def three_agents(kind, **changes):
     """The agent with that policy, critics that differ, and a temperature of 0.7."""
     env = SimpleNamespace(obs_sizes=list(OBS_SIZES), action_sizes=list(ACTION_SIZES), state_size=4)
-    name = "diffusion" if kind is DiffusionPolicy else "gaussian"
-    agent = OMAD(env, make_args(policy=name, denoising_steps=4, alpha=0.7, **changes), torch.device("cpu"))
+    agent = OMAD(env, make_args(policy=kind, denoising_steps=4, alpha=0.7, **changes), torch.device("cpu"))
     agent.policy.load_state_dict(make_policy(kind).state_dict())
     for p in agent.critic.parameters():
         p.data += torch.randn_like(p)
@@ -57,15 +58,21 @@ def three_agents(kind, **changes):
 
 
 def env_and_agent(**changes):
+    """An agent whose critics have learned: their last layer is not zero any more."""
     env = make_env("mpe_simple_speaker_listener")
     torch.manual_seed(0)
-    return env, OMAD(env, make_args(**changes), torch.device("cpu"))
+    agent = OMAD(env, make_args(**changes), torch.device("cpu"))
+    agent.critic.out.weight.data.normal_()
+    if agent.slow_critic is not None:
+        agent.slow_critic.load_state_dict(agent.critic.state_dict())
+    return env, agent
 
 
 def random_batch(env, size=16):
     torch.manual_seed(1)
     obs, action = (size, *env.obs_mask.shape), (size, *env.action_mask.shape)
-    batch = dict(obs=torch.randn(obs), next_obs=torch.randn(obs), action=torch.randn(action).tanh())
+    batch = dict(obs=torch.randn(obs), next_obs=torch.randn(obs))
+    batch |= dict(action=torch.randn(action).tanh() * torch.as_tensor(env.action_mask))
     batch |= dict(state=torch.randn(size, env.state_size), next_state=torch.randn(size, env.state_size))
     return batch | dict(reward=torch.randn(size), terminated=torch.zeros(size))
 
@@ -97,126 +104,300 @@ def test_projection_equals_brute_force_and_conserves_mass():
     assert got[2, -1] == pytest.approx(1.0) and got[3, 0] == pytest.approx(1.0)
 
 
-# --- entropy bound ---
+# --- the chain and its entropy bound ---
 
 
-def schedule(steps):
-    """Step sizes along a chain of so many steps, relative to dt [DIME]."""
-    return [0.999 * math.cos(math.pi / 2 * (0.008 + n / steps) / 1.008) ** 2 + 0.001 for n in range(steps)]
+def two_kernels(kind, n, steps, size, stretch=1.0, power=1.0):
+    """Step n of a chain, from its definition: x_n, u -> distribution of x_{n+1}, and x_{n+1} -> that on the way back.
+
+    DDPM: x_K ~ N(u, size^2) is pushed back by the noising kernels to x_{n+1}; conditioned on x_n that is the step, in
+    terms of precisions. DIME: both kernels have the variance 2 eta, with eta = size schedule."""
+    left = [(1 - k / steps) ** power for k in range(steps + 1)]  # of time
+    if kind == "dime":
+        eta = stretch * size * (0.999 * math.cos(math.pi / 2 * (1.008 - left[n]) / 1.008) ** 2 + 0.001)
+        std = (2 * eta) ** 0.5
+        return lambda x, u: Normal(x + eta * (u - x / 2.5**2), std), lambda x: Normal(x - eta * x / 2.5**2, std)
+    signal = [math.cos(0.97 * math.pi / 2 * part) for part in left]
+    backs = [before / after for before, after in zip(signal, signal[1:])]
+    share, var = 1.0, size**2  # of what comes next: its mean is share * u
+    for back in reversed(backs[n + 1 :]):
+        share, var = back * share, back**2 * var + 2.5**2 * (1 - back**2)
+    back, wide = backs[n], 2.5**2 * (1 - backs[n] ** 2)
+    precision = 1 / var + back**2 / wide
+    step = lambda x, u: Normal((share * u / var + back * x / wide) / precision, precision**-0.5)
+    return step, lambda x: Normal(back * x, wide**0.5)
 
 
-def linear_chain(slope, offset, steps, dt, trained_with=0):
-    """A diffusion policy whose score network is u(x) = slope x + offset, exactly: the chain is then Gaussian.
+def network(policy, agent, obs, index):
+    """The function u of one agent, from x [B, A] without padding, by matrix products, in the given step of training."""
+    part = {name: p[agent] for name, p in policy.named_parameters()}
+    linear = lambda name, x: x @ part[f"{name}.weight"][: x.shape[-1]] + part[f"{name}.bias"]
 
-    One hidden unit carries the signal far on the positive side of the GELU, where it is the identity.
-    """
-    policy = make_policy(DiffusionPolicy, [1], [1], steps, denoising_steps=trained_with or steps).double()
+    def u(x):
+        h = F.gelu(linear("in_x", x) + linear("in_obs", obs) + part["in_step"][index])
+        return linear("out", F.gelu(linear("hidden2", F.gelu(linear("hidden1", h)))))[:, : x.shape[-1]]
+
+    return u
+
+
+def size_of(policy, agent, a):
+    """What `two_kernels` calls size, of each of an agent's actions."""
+    part = {name: p[agent].detach()[..., :a] for name, p in policy.named_parameters()}
+    if policy.dime:
+        return F.softplus(part["rho_dt"]) / F.softplus(part["rho_friction"])
+    return (5 * part["log_s"]).exp()
+
+
+def log_det(x):
+    """log(1 - tanh(x)^2), also where the square is 1 but for rounding."""
+    return 2 * (math.log(2) - x - F.softplus(-2 * x))
+
+
+@pytest.mark.parametrize("steps, power", [(4, 1.0), (2, 1.0), (7, 1.0), (4, 1.5), (2, 1.5)])
+@pytest.mark.parametrize("kind", CHAINS)
+def test_path_cost_equals_the_two_kernels_written_out(kind, steps, power):
+    """C against log densities from torch.distributions, step by step, for each agent of an unequal team. Trained with 4
+    steps: with 2 each is twice as long, and the network is told of steps 0 and 2."""
+    policy = make_policy(kind, steps=steps, time_power=power).double()
+    obs, noise = normal(6, 3, 5).double() * masks(OBS_SIZES), policy.noise(6).double()
+    with torch.no_grad():
+        action, path_cost = policy(obs, noise)
+        for agent, (o, a) in enumerate(zip(OBS_SIZES, ACTION_SIZES)):
+            x, size = 2.5 * noise[0, :, agent, :a], size_of(policy, agent, a)
+            cost = Normal(0.0, 2.5).log_prob(x).sum(-1)
+            for n in range(steps):
+                there, back = two_kernels(kind, n, steps, size, 4 / steps, power)
+                there = there(x, network(policy, agent, obs[:, agent, :o], n * 4 // steps)(x))
+                after = there.mean + there.stddev * noise[n + 1, :, agent, :a]
+                cost += (there.log_prob(after) - back(after).log_prob(x)).sum(-1)
+                x = after
+            cost -= log_det(x).sum(-1)
+            np.testing.assert_allclose(action[:, agent, :a], torch.tanh(x), atol=1e-6)
+            np.testing.assert_allclose(path_cost[:, agent], cost, rtol=1e-4, atol=1e-4)
+
+
+FAR = 1e4  # on that side of the GELU it is the identity
+
+
+def written_chain(kind, steps, size, trained_with=0):
+    """A policy of one agent with one action and zeros for all else but `size`, whose two later layers hand on their
+    inputs, shifted: u(x) = out of in_x + in_obs after one GELU."""
+    policy = make_policy(kind, [1], [1], steps, denoising_steps=trained_with or steps).double()
     for p in policy.parameters():
         p.data.zero_()
-    shift = 1e4
-    policy.in_x.weight.data[0, 0, 0] = 1.0
-    policy.in_obs.bias.data[0, 0, 0] = shift
-    policy.hidden1.weight.data[0, 0, 0] = policy.hidden2.weight.data[0, 0, 0] = 1.0
-    policy.out.weight.data[0, 0, 0] = slope
-    policy.out.bias.data[0, 0, 0] = offset - slope * shift
-    policy.rho_dt.data.fill_(math.log(math.expm1(dt)))
-    policy.rho_friction.data.fill_(math.log(math.expm1(1.0)))
+    if policy.dime:
+        policy.rho_dt.data.fill_(math.log(math.expm1(size)))
+        policy.rho_friction.data.fill_(math.log(math.expm1(1.0)))
+    else:
+        policy.log_s.data.fill_(math.log(size) / 5)
+    for layer in (policy.hidden1, policy.hidden2):
+        layer.weight.data.copy_(torch.eye(8))
+    policy.hidden1.bias.data.fill_(FAR)
     return policy
 
 
-def bound_and_entropy(slope, offset, steps=8, dt=0.1, samples=50_000):
-    """The bound -E[C] and the true entropy of the action, from the same samples and the exact Gaussian of x_K."""
-    policy = linear_chain(slope, offset, steps, dt)
+def linear_chain(kind, slope, offset, steps, size, trained_with=0):
+    """That with u(x) = slope x + offset, exactly: the chain is then Gaussian."""
+    policy = written_chain(kind, steps, size, trained_with)
+    policy.in_x.weight.data[0, 0, 0] = 1.0
+    policy.in_obs.bias.data[0, 0, 0] = FAR
+    policy.out.weight.data[0, 0, 0] = slope
+    policy.out.bias.data.fill_(offset - 2 * slope * FAR)
+    return policy
+
+
+def bound_and_entropy(kind, slope, offset, steps, size, samples=50_000):
+    """The bound -E[C], the true entropy from the same samples and the exact Gaussian of x_K, and its mean and std."""
     with torch.no_grad():
         noise = normal(steps + 1, samples, 1, 1).double()
-        action, run, term = policy(torch.zeros(samples, 1, 1, dtype=torch.float64), noise)
+        chain = linear_chain(kind, slope, offset, steps, size)
+        action, path_cost = chain(torch.zeros(samples, 1, 1, dtype=torch.float64), noise)
         mean, var = 0.0, 2.5**2
-        for part in schedule(steps):
-            eta = dt * part
-            factor = 1 + eta * (slope - 1 / 2.5**2)
-            mean, var = factor * mean + eta * offset, factor**2 * var + 2 * eta
+        for n in range(steps):
+            step = lambda x: two_kernels(kind, n, steps, torch.tensor(size).double())[0](x, slope * x + offset)
+            factor = step(1.0).mean - step(0.0).mean
+            mean, var = step(mean).mean, factor**2 * var + step(0.0).variance
         x = torch.atanh(action.flatten().clamp(-1 + 1e-15, 1 - 1e-15))
-        assert x.median().item() == pytest.approx(mean, abs=0.05 * max(1, abs(mean)))
-        log_det = 2 * (math.log(2) - x - F.softplus(-2 * x))
-        entropy = 0.5 * math.log(2 * math.pi * math.e * var) + log_det.mean().item()
-    return -(run + term).mean().item(), entropy
+        # By the median and quartiles, because an action very near 1 does not tell its x.
+        quartiles = Normal(mean, var.sqrt()).icdf(torch.tensor([0.25, 0.5, 0.75]).double())
+        inside = quartiles.abs() < 15
+        found = x.quantile(torch.tensor([0.25, 0.5, 0.75]).double())
+        assert (found - quartiles)[inside].abs().max() < 0.03 * max(1, var.sqrt()) and inside.any()
+        entropy = 0.5 * math.log(2 * math.pi * math.e * var) + log_det(x).mean().item()
+    return -path_cost.mean().item(), entropy, mean.item(), var.sqrt().item()
 
 
-@pytest.mark.parametrize("slope, offset", [(0.0, 0.0), (-0.5, 0.0), (-2.0, 1.0), (-4.0, -2.0), (0.1, 0.5)])
-@pytest.mark.parametrize("steps, dt", [(1, 0.1), (8, 0.1), (8, 0.5)])
-def test_bound_is_never_above_the_true_entropy(slope, offset, steps, dt):
-    bound, entropy = bound_and_entropy(slope, offset, steps, dt)
+@pytest.mark.parametrize("slope, offset", [(0.0, 0.0), (-0.5, 0.0), (-2.0, 1.0), (-4.0, -2.0), (0.1, 0.5), (0.9, 0.2)])
+@pytest.mark.parametrize("steps", [1, 4, 8])
+@pytest.mark.parametrize("kind, size", [("diffusion", 0.2), ("diffusion", 1.0), ("dime", 0.1), ("dime", 0.5)])
+def test_bound_is_never_above_the_true_entropy(kind, slope, offset, steps, size):
+    bound, entropy, *_ = bound_and_entropy(kind, slope, offset, steps, size)
     assert bound <= entropy + 0.02  # Monte-Carlo error of the difference
 
 
-def test_bound_is_tight_for_the_equilibrium_gaussian():
-    bound, entropy = bound_and_entropy(0.0, 0.0, steps=64, dt=0.002, samples=20_000)
+def squashed_entropy(mean, std):
+    """Of tanh(N(mean, std^2)), by quadrature."""
+    grid = torch.linspace(-9, 9, 2001, dtype=torch.float64)
+    mass = torch.exp(Normal(0.0, 1.0).log_prob(grid)) * (grid[1] - grid[0])
+    return Normal(0.0, std).entropy().item() + (mass * log_det(mean + std * grid)).sum().item()
+
+
+@pytest.mark.parametrize("u, s", [(0.0, 0.2), (0.7, 0.5), (-1.5, 0.05), (0.3, 2.0)])
+@pytest.mark.parametrize("steps", [1, 4, 8])
+def test_bound_of_ddpm_is_tight_where_it_predicts_one_gaussian(u, s, steps):
+    bound, entropy, mean, std = bound_and_entropy("diffusion", 0.0, u, steps, s)
+    assert bound == pytest.approx(squashed_entropy(u, s), abs=0.02)
+    assert entropy == pytest.approx(squashed_entropy(u, s), abs=0.02)
+    assert (mean, std) == pytest.approx((u, s), abs=0.01)
+
+
+@pytest.mark.parametrize("slope, offset", [(-4.0, 0.0), (-2.0, 2.0), (-0.5, -2.5)])
+@pytest.mark.parametrize("steps", [4, 8])
+def test_bound_of_dime_is_not_tight_for_a_gaussian_for_which_that_of_ddpm_is(slope, offset, steps):
+    bound, entropy, mean, std = bound_and_entropy("dime", slope, offset, steps, 0.3)
+    assert entropy == pytest.approx(squashed_entropy(mean, std), abs=0.05)  # of wide Gaussians, by samples
+    assert bound_and_entropy("diffusion", 0.0, mean, steps, std)[0] == pytest.approx(entropy, abs=0.02)
+    assert bound < entropy - 0.1
+
+
+def test_bound_of_dime_is_tight_for_the_equilibrium_gaussian():
+    bound, entropy, *_ = bound_and_entropy("dime", 0.0, 0.0, steps=64, size=0.002, samples=20_000)
     assert bound == pytest.approx(entropy, abs=0.02)
 
 
-def test_path_cost_of_the_untrained_chain():
-    """u = 0 at the start values: run = 2.853 d, term = -2.335 d (facts of the method, by Monte-Carlo)."""
+@pytest.mark.parametrize("steps", [2, 3])
+@pytest.mark.parametrize("kind", CHAINS)
+def test_bound_of_a_curved_chain_against_numerical_integration(kind, steps):
+    """With a u that is -1.5 on the left and 1.5 on the right: the density of x_K is that of x_0, pushed through the
+    steps on a grid. Its entropy is above the bound, whose every term is an integral over two neighbours; the policy's
+    own samples have both."""
+    policy = written_chain(kind, steps, 0.4)
+    policy.in_x.weight.data[0, 0, :2] = 2.0  # u is the difference of two GELUs, one a little to the right of the other
+    policy.in_obs.bias.data[0, 0, :2] = torch.tensor([1.0, -1.0])
+    policy.in_step.data[0, 1:, :2] = 0.3  # and is another in each step
+    policy.out.weight.data[0, :2, 0] = torch.tensor([1.5, -1.5])
+    policy.out.bias.data.fill_(-1.5)
+    grid = torch.linspace(-15, 15, 1501, dtype=torch.float64)
+    width = grid[1] - grid[0]
+    integral = lambda values: (values.sum() * width ** values.dim()).item()
+    with torch.no_grad():
+        size, obs = size_of(policy, 0, 1), torch.zeros(1, 1).double()
+        density = Normal(0.0, 2.5).log_prob(grid).exp()  # of x_0
+        cost = integral(density * density.log())
+        for n in range(steps):
+            there, back = two_kernels(kind, n, steps, size)
+            u = network(policy, 0, obs, n)(grid[:, None])
+            log_there, log_back = (
+                there(grid[:, None], u).log_prob(grid),
+                back(grid).log_prob(grid[:, None]),
+            )  # x_n, next
+            both = density[:, None] * log_there.exp()
+            cost += integral(both * (log_there - log_back))
+            density = both.sum(0) * width
+        assert integral(density) == pytest.approx(1.0, abs=1e-6)  # the grid is fine and wide enough
+        cost -= integral(density * log_det(grid))
+        entropy = integral(density * (log_det(grid) - density.clamp(min=1e-300).log()))
+        action, path_cost = policy(obs.expand(200_000, 1, 1), normal(steps + 1, 200_000, 1, 1).double())
+    assert path_cost.mean().item() == pytest.approx(cost, abs=0.02)
+    assert -cost <= entropy and -cost < entropy - 0.02  # and not equal: nothing is tight here
+    places = torch.tensor([-1.0, -0.3, 0.0, 0.3, 1.0]).double()  # of x_K
+    below = torch.stack([(action < place.tanh()).double().mean() for place in places])
+    exact = (
+        torch.stack([(density * (grid < place)).sum() + density[grid == place].sum() / 2 for place in places]) * width
+    )
+    np.testing.assert_allclose(below, exact, atol=0.01)
+    ends = network(policy, 0, obs, 0)(torch.tensor([[-9.0], [-0.5], [0.5], [9.0]]).double()).flatten()
+    np.testing.assert_allclose(ends.detach()[[0, 3]], [-1.5, 1.5], atol=1e-6)
+    assert ends[2] - ends[1] > 0.9 and density[len(grid) // 2] < 0.9 * density.max()  # two modes
+
+
+@pytest.mark.parametrize("kind, cost", [("dime", 0.518), ("diffusion", 0.229)])
+def test_path_cost_of_the_untrained_chain(kind, cost):
+    """Nearly u = 0 at the start: 2.853 - 2.335 of DIME's chain, by Monte-Carlo; DDPM's is tanh(N(0, 0.2^2))."""
     torch.manual_seed(0)
-    policy = DiffusionPolicy([1], [2], make_args(denoising_steps=8))
-    policy.out.weight.data.zero_()
+    policy = POLICIES[kind]([1], [2], make_args(policy=kind, denoising_steps=8))
     with torch.no_grad():
-        _, run, term = policy(torch.zeros(200_000, 1, 1), policy.noise(200_000))
-    assert run.mean().item() == pytest.approx(2 * 2.853, abs=0.03)
-    assert term.mean().item() == pytest.approx(-2 * 2.335, abs=0.02)
-
-
-@pytest.mark.parametrize("steps", [4, 2, 7])
-def test_path_cost_equals_the_two_kernels_written_out(steps):
-    """C against log densities from torch.distributions, step by step, for each agent of an unequal team. Trained with 4
-    steps: with 2 each is twice as long, and the network is told of steps 0 and 2."""
-    policy = make_policy(DiffusionPolicy, steps=steps).double()
-    obs, noise = normal(6, 3, 5).double() * masks(OBS_SIZES), policy.noise(6).double()
-    with torch.no_grad():
-        action, run, term = policy(obs, noise)
-        for agent, (o, a) in enumerate(zip(OBS_SIZES, ACTION_SIZES)):
-            weights = {name: p[agent] for name, p in policy.named_parameters()}
-            linear = lambda name, x: x @ weights[f"{name}.weight"] + weights[f"{name}.bias"]
-            x = 2.5 * noise[0, :, agent, :a]
-            log_w = -torch.distributions.Normal(0.0, 2.5).log_prob(x).sum(-1)
-            for n, part in enumerate(schedule(steps)):
-                eta = 4 / steps * F.softplus(weights["rho_dt"]) * part / F.softplus(weights["rho_friction"])[:, :a]
-                angle = torch.linspace(0.1, 100.0, 8).double() * n * 4 / steps + weights["phase"]
-                time = linear("time2", F.gelu(linear("time1", torch.cat([angle.sin(), angle.cos()], -1))))
-                wide = F.pad(x, (0, 3 - a))
-                h = (
-                    linear("in_x", wide)
-                    + linear("in_obs", F.pad(obs[:, agent, :o], (0, 5 - o)))
-                    + linear("in_time", time)
-                )
-                u = linear("out", F.gelu(linear("hidden2", F.gelu(linear("hidden1", F.gelu(h))))))[:, :a]
-                mean = x + eta * (-x / 2.5**2 + u)
-                after = mean + (2 * eta).sqrt() * noise[n + 1, :, agent, :a]
-                back = torch.distributions.Normal(after - eta * after / 2.5**2, (2 * eta).sqrt())
-                there = torch.distributions.Normal(mean, (2 * eta).sqrt())
-                log_w = log_w + (back.log_prob(x) - there.log_prob(after)).sum(-1)
-                x = after
-            cost = -log_w - torch.log1p(-(torch.tanh(x) ** 2)).sum(-1)
-            np.testing.assert_allclose(action[:, agent, :a], torch.tanh(x), atol=1e-6)
-            np.testing.assert_allclose((run + term)[:, agent], cost, rtol=1e-4, atol=1e-4)
+        action, path_cost = policy(torch.zeros(200_000, 1, 1), policy.noise(200_000))
+    assert path_cost.mean().item() == pytest.approx(2 * cost, abs=0.03)
+    if kind == "diffusion":
+        assert torch.atanh(action.clamp(-0.999, 0.999)).std().item() == pytest.approx(0.2, abs=0.01)
 
 
 def test_gaussian_cost_is_the_exact_log_density():
-    policy = make_policy(GaussianPolicy).double()
+    """Of tanh(N(mean, std^2)), whose mean and std are read off without noise and with a little."""
+    policy = make_policy("gaussian").double()
+    obs = normal(7, 3, 5).double() * masks(OBS_SIZES)
     with torch.no_grad():
-        action, run, term = policy(torch.zeros(200_000, 3, 5).double(), policy.noise(200_000).double())
-    # The entropy of a squashed Gaussian by histogram, agent 1 has one dimension.
-    density, edges = np.histogram(action[:, 1, 0].numpy(), bins=400, range=(-1, 1), density=True)
-    entropy = -np.sum(density * np.log(density + 1e-12)) * (edges[1] - edges[0])
-    assert -(run + term)[:, 1].mean().item() == pytest.approx(entropy, abs=0.02)
+        ask = lambda noise: policy(obs, torch.as_tensor(noise).double().expand(1, 7, 3, 3))
+        mean, little = torch.atanh(ask(0.0)[0]), torch.atanh(ask(1e-3)[0])
+        noise = normal(1, 7, 3, 3, seed=1).double()
+        action, path_cost = ask(noise)
+        for agent, a in enumerate(ACTION_SIZES):
+            law = Normal(mean[:, agent, :a], 1e3 * (little - mean)[:, agent, :a])
+            x = law.mean + law.stddev * noise[0, :, agent, :a]
+            np.testing.assert_allclose(action[:, agent, :a], torch.tanh(x), atol=1e-6)
+            np.testing.assert_allclose(path_cost[:, agent], (law.log_prob(x) - log_det(x)).sum(-1), atol=1e-5)
+        assert 0.02 < law.stddev.min() and law.mean.std() > 0.1  # of some width, and not the same for all
 
 
-def test_both_policies_are_asked_for_the_same_entropy():
-    noise = normal(2, 100_000, 1, 1)
-    diffusion, gaussian = (make_policy(kind, [1], [1], denoising_steps=1) for kind in POLICIES)
+@pytest.mark.parametrize("steps", [1, 2, 3, 8, 16])
+def test_ddpm_with_any_number_of_steps_samples_the_same_distribution(steps):
+    """Exactly, where u is constant: the end is then linear in the noise, whose part in it is read off one by one. It is
+    what x_K ~ N(u, s^2) is if x_0 ~ N(0, 2.5^2) was seen: the noise of the whole way is one kernel."""
+    u, s, first = 0.6, 0.4, math.cos(0.97 * math.pi / 2)
+    policy = linear_chain("diffusion", 0.0, u, steps, s, trained_with=8)
+    noise = torch.cat([torch.zeros(1, steps + 1), 0.1 * torch.eye(steps + 1)]).double()  # [1 + K + 1, K + 1]
     with torch.no_grad():
-        _, _, term = diffusion(torch.zeros(100_000, 1, 1), noise)
-        _, _, constant = gaussian(torch.zeros(1, 1, 1), noise[0, :1])
-    assert term.mean().item() == pytest.approx(constant.item(), abs=0.01)
+        action = policy(torch.zeros(len(noise), 1, 1).double(), noise.T[:, :, None, None])[0]
+    mean, *moved = torch.atanh(action.flatten())
+    precision = 1 / s**2 + first**2 / (2.5**2 * (1 - first**2))
+    weight = first / (2.5**2 * (1 - first**2)) / precision  # of x_0
+    assert mean.item() == pytest.approx(u / s**2 / precision, abs=1e-6)
+    var = sum(((x - mean).item() / 0.1) ** 2 for x in moved)
+    assert var == pytest.approx(1 / precision + weight**2 * 2.5**2, abs=1e-6)
+    assert (mean.item(), var) == pytest.approx((u, s**2), abs=0.002)
+
+
+def test_dime_with_fewer_steps_samples_nearly_the_same_distribution():
+    """A chain with a linear score, trained with 200 steps, ends in nearly the same Gaussian with 50; not so if the time
+    that it walks were another."""
+    ends = []
+    for steps, dt in ((200, 0.02), (50, 0.02), (50, 0.005)):
+        policy = linear_chain("dime", -1.0, 1.0, steps, dt, trained_with=200)
+        with torch.no_grad():
+            action = policy(torch.zeros(20_000, 1, 1).double(), normal(steps + 1, 20_000, 1, 1).double())[0]
+            x = torch.atanh(action.flatten().clamp(-1 + 1e-12, 1 - 1e-12))
+        ends.append((x.mean().item(), x.std().item()))
+    assert ends[1] == pytest.approx(ends[0], abs=0.06) != ends[2], ends
+    assert (
+        ends[0][0] > 0.5 and ends[0][1] < 1.5
+    )  # it has gone somewhere: it started from mean 0, standard deviation 2.5
+
+
+@pytest.mark.parametrize("kind", POLICIES)
+def test_acting_without_the_last_noise(kind):
+    """Then an action is the mean of the last step. With the same random numbers, the usual one is that and this step's
+    own noise, from the start of the learning to its end the only difference."""
+    policy, obs, _ = policy_with_inputs(kind)
+    actions, alone = [], masks(ACTION_SIZES)
+    for last_noise in (True, False):
+        torch.manual_seed(3)
+        actions.append(torch.from_numpy(make_act(policy, make_args(last_noise=last_noise))(obs.numpy())))
+    torch.manual_seed(3)
+    noise = policy.noise(7)
+    assert torch.equal(actions[0], policy(obs, noise)[0].detach())
+    usual, mean = (torch.atanh(action.double()) for action in actions)
+    step = (usual - mean)[:, alone] / noise[-1][:, alone]
+    if kind in CHAINS:
+        sizes = [size_of(policy, agent, a).flatten() for agent, a in enumerate(ACTION_SIZES)]
+        std = torch.cat([two_kernels(kind, 3, 4, size)[0](0.0, 0.0).stddev.expand(len(size)) for size in sizes])
+        clear = (actions[0].abs() < 0.99)[:, alone] & (actions[1].abs() < 0.99)[:, alone]
+        close = (step / std - 1).abs() < 1e-2
+        assert close[clear].all() and clear.any(0).all()
+    else:
+        torch.manual_seed(4)  # nothing is left to chance
+        assert np.array_equal(make_act(policy, make_args(last_noise=False))(obs.numpy()), actions[1].numpy())
+        assert (step > 0).all()
 
 
 # --- gradients, decentralisation, batching ---
@@ -255,14 +436,14 @@ def test_another_agents_observation_cannot_change_my_action(kind):
             changed[:, other] += 1.0
             after = policy(changed, noise)
             for mine in range(3):
-                same = all(torch.equal(x[:, mine], y[:, mine]) for x, y in zip(before[:2], after[:2]))
+                same = all(torch.equal(x[:, mine], y[:, mine]) for x, y in zip(before, after))
                 assert same == (mine != other)
 
 
 def single_agent(kind, policy, agent):
     """Agent `agent` of `policy` as a policy of its own, without padding."""
     o, a, full = OBS_SIZES[agent], ACTION_SIZES[agent], max(ACTION_SIZES)
-    alone = kind([o], [a], make_args(denoising_steps=4))
+    alone = POLICIES[kind]([o], [a], make_args(policy=kind, denoising_steps=4))
     own = dict(alone.named_parameters())
     for name, p in policy.named_parameters():
         value = p[agent : agent + 1]
@@ -283,62 +464,44 @@ def test_batched_agents_equal_separate_networks(kind):
             alone = single_agent(kind, policy, agent)(obs[:, agent : agent + 1, :o], noise[..., agent : agent + 1, :a])
             np.testing.assert_allclose(together[0][:, agent, :a], alone[0][:, 0], atol=1e-5)
             np.testing.assert_allclose(together[1][:, agent], alone[1][:, 0], rtol=1e-4, atol=1e-4)
-            np.testing.assert_allclose(together[2][:, agent], alone[2][:, 0], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", POLICIES)
 def test_padding_never_leaks(kind):
+    """Padded actions are exactly zero, which is what the critics rely on, and the rest does not see the padding."""
     policy, obs, noise = policy_with_inputs(kind)
-    critic, state = Critic(4, list(ACTION_SIZES), make_args()).eval(), torch.zeros(7, 4)
     results = [policy(obs, numbers) for numbers in (noise, noise + 1e3 * ~masks(ACTION_SIZES))]
     for clean, dirty in zip(*results):
         assert torch.equal(clean, dirty)
-    action, run, term = results[0]
+    action, path_cost = results[0]
     assert not action[:, ~masks(ACTION_SIZES)].any()
-    assert torch.equal(critic(state, action), critic(state, action + 1e3 * ~masks(ACTION_SIZES)))
-    (action.sum() + run.sum() + term.sum()).backward()
+    (action.sum() + path_cost.sum()).backward()
     for agent, (o, a) in enumerate(zip(OBS_SIZES, ACTION_SIZES)):
         assert not policy.in_obs.weight.grad[agent, o:].any() and policy.in_obs.weight.grad[agent, :o].any()
         out = policy.out.bias.grad[agent, 0]
         assert not out[a:3].any() and out[:a].all()
 
 
-def test_fewer_denoising_steps_sample_nearly_the_same_distribution():
-    """A chain with a linear score, trained with 200 steps, ends in nearly the same Gaussian with 50; not so if the time
-    that it walks were another."""
-    ends = []
-    for steps, dt in ((200, 0.02), (50, 0.02), (50, 0.005)):
-        policy = linear_chain(-1.0, 1.0, steps, dt, trained_with=200)
-        with torch.no_grad():
-            action = policy(torch.zeros(20_000, 1, 1).double(), normal(steps + 1, 20_000, 1, 1).double())[0]
-            x = torch.atanh(action.flatten().clamp(-1 + 1e-12, 1 - 1e-12))
-        ends.append((x.mean().item(), x.std().item()))
-    assert ends[1] == pytest.approx(ends[0], abs=0.06) != ends[2], ends
-    assert (
-        ends[0][0] > 0.5 and ends[0][1] < 1.5
-    )  # it has gone somewhere: it started from mean 0, standard deviation 2.5
-
-
 # --- critic ---
 
 
-@pytest.mark.parametrize("target_networks", [False, True])
-def test_critic_loss_equals_the_equation(target_networks):
+@pytest.mark.parametrize("tau", [0.0, 0.005])
+def test_critic_loss_equals_the_equation(tau):
     """The whole critic loss written out with loops, truncation (bootstraps) and termination (does not) mixed."""
-    env, agent = env_and_agent(target_networks=target_networks, alpha=0.3, bn_warmup=10)
+    env, agent = env_and_agent(tau=tau, alpha=0.3, bn_warmup=10)
     batch, noise = random_batch(env), agent.policy.noise(16)
     batch["terminated"][::3] = 1.0
     loss, logs = agent.critic_loss(batch, noise)
     with torch.no_grad():
-        next_action, run, term = agent.policy(batch["next_obs"], noise)
+        next_action, path_cost = agent.policy(batch["next_obs"], noise)
         critic = agent.critic.train()
-        if target_networks:
+        if tau:
             logits, after = critic(batch["state"], batch["action"]), agent.slow_critic(batch["next_state"], next_action)
         else:
             both = critic(torch.cat([batch["state"], batch["next_state"]]), torch.cat([batch["action"], next_action]))
             logits, after = both[:, :16], both[:, 16:]
         atoms, want = np.linspace(-5, 5, 21), 0.0
-        cost = (run + term).sum(1).numpy()
+        cost = path_cost.sum(1).numpy()
         for k in range(2):
             probs = torch.softmax(logits[k], -1).double().numpy()
             for b in range(16):
@@ -352,7 +515,7 @@ def test_critic_loss_equals_the_equation(target_networks):
 
 
 def test_termination_does_not_bootstrap_and_truncation_does():
-    env, agent = env_and_agent(target_networks=True, alpha=0.3)
+    env, agent = env_and_agent(tau=0.005, alpha=0.3)
     noise = agent.policy.noise(16)
 
     def loss(terminated, shift):
@@ -374,7 +537,7 @@ def test_no_gradient_reaches_the_target():
 
 def test_batch_renorm():
     x = 2 + 3 * normal(2, 512, 4)
-    norm = BatchRenorm(2, 4, momentum=0.9, warmup=2)
+    norm = BatchRenorm(2, 4, warmup=2)
     norm.scale.data.uniform_(0.5, 2), norm.shift.data.uniform_(-1, 1)
     flat = lambda p: p.reshape(8)
     mean, var = torch.zeros(8), torch.ones(8)
@@ -390,7 +553,7 @@ def test_batch_renorm():
             r, d = (s / running).clamp(1 / 3, 3), ((m - mean) / running).clamp(-5, 5)
             want = ((columns - m) / s * r + d) * flat(norm.scale) + flat(norm.shift)
         np.testing.assert_allclose(norm(batch).detach().transpose(0, 1).reshape(512, 8), want.detach(), atol=1e-4)
-        mean, var = 0.9 * mean + 0.1 * m, 0.9 * var + 0.1 * columns.var(0, correction=0)
+        mean, var = 0.99 * mean + 0.01 * m, 0.99 * var + 0.01 * columns.var(0, correction=0)
     np.testing.assert_allclose(flat(norm.mean), mean, rtol=1e-4)
     columns = x.transpose(0, 1).reshape(512, 8)
     want = F.batch_norm(columns, mean, var, flat(norm.scale), flat(norm.shift), training=False, eps=1e-3)
@@ -399,7 +562,7 @@ def test_batch_renorm():
 
 def test_renormalisation_corrections_carry_no_gradient():
     """The gradient past the warm-up is batch norm's times r: r and d are constants."""
-    norm = BatchRenorm(1, 1, momentum=0.9, warmup=0)
+    norm = BatchRenorm(1, 1, warmup=0)
     norm.mean.fill_(0.5), norm.var.fill_(2.0)
     x, weight = normal(1, 8, 1).requires_grad_(), normal(1, 8, 1, seed=1)
     (norm(x) * weight).sum().backward()
@@ -411,7 +574,7 @@ def test_renormalisation_corrections_carry_no_gradient():
 
 
 def test_target_network_is_a_slow_average():
-    env, agent = env_and_agent(target_networks=True, tau=0.25)
+    env, agent = env_and_agent(tau=0.25)
     before = {name: value.clone() for name, value in agent.slow_critic.state_dict().items()}
     agent.update(random_batch(env), agent.policy.noise(16))
     for name, fast in agent.critic.state_dict().items():
@@ -420,33 +583,50 @@ def test_target_network_is_a_slow_average():
     assert not torch.equal(agent.slow_critic.state_dict()["norm1.mean"], before["norm1.mean"])  # statistics too
 
 
+def test_untrained_critics_say_the_same_everywhere():
+    """Every mass alike, so the value is the middle of the support; and that is left after some updates."""
+    env, _ = env_and_agent()
+    agent, batch = OMAD(env, make_args(v_min=-3.0, v_max=7.0, q_lr=1e-2), torch.device("cpu")), random_batch(env)
+    masses = lambda: torch.softmax(agent.critic.eval()(batch["state"], batch["action"]), -1)
+    np.testing.assert_allclose(masses().detach(), 1 / 21, rtol=1e-6)
+    np.testing.assert_allclose((masses() @ agent.critic.atoms).detach(), 2.0, atol=1e-6)
+    assert agent.critic.layer1.weight.std() > 0 and not torch.equal(*agent.critic.layer1.weight)  # only the last is 0
+    start = {name: p.clone() for name, p in agent.critic.named_parameters()}
+    for _ in range(3):
+        agent.update(batch, agent.policy.noise(16))
+    assert not any(torch.equal(p, start[name]) for name, p in agent.critic.named_parameters())
+    assert (masses() @ agent.critic.atoms).std() > 1e-3
+    agent = OMAD(env, make_args(random_critics=True), torch.device("cpu"))
+    assert agent.critic.out.weight.std().item() == pytest.approx(8**-0.5, rel=0.1)
+
+
 # --- policies, temperature and updates ---
 
 
 @pytest.mark.parametrize("kind", POLICIES)
 def test_policy_loss_equals_the_equation(kind):
-    """E[-mean_k E[Z_k] + alpha sum_i C_i] written out with loops; the temperature gets sum_i run_i, not C."""
+    """E[-mean_k E[Z_k] + alpha sum_i C_i] written out with loops; the temperature gets E[sum_i C_i]."""
     agent = three_agents(kind)
     batch, noise = dict(obs=normal(6, 3, 5), state=normal(6, 4, seed=1)), agent.policy.noise(6)
-    loss, logs, run_sum = agent.policy_loss(batch, noise)
+    loss, logs, mean_cost = agent.policy_loss(batch, noise)
     with torch.no_grad():
-        action, run, term = agent.policy(batch["obs"], noise)
+        action, path_cost = agent.policy(batch["obs"], noise)
         probs = torch.softmax(agent.critic.eval()(batch["state"], action), -1)
         atoms, want = np.linspace(-5, 5, 21), 0.0
         for b in range(6):
             value = sum(float((probs[k, b].numpy() * atoms).sum()) for k in range(2)) / 2
-            cost = sum(run[b, i].item() + term[b, i].item() for i in range(3))
+            cost = sum(path_cost[b, i].item() for i in range(3))
             want += (0.7 * cost - value) / 6
     assert loss.item() == pytest.approx(want, rel=1e-4) == logs["losses/policy"].item()
-    assert logs["diag/entropy_bound"].item() == pytest.approx(-(run + term).sum(1).mean().item(), rel=1e-5)
-    np.testing.assert_allclose(run_sum, run.sum(1), rtol=1e-5)
-    assert not run_sum.requires_grad and not any(value.requires_grad for value in logs.values())
+    assert logs["diag/entropy_bound"].item() == pytest.approx(-path_cost.sum(1).mean().item(), rel=1e-5)
+    assert mean_cost.item() == pytest.approx(path_cost.sum(1).mean().item(), rel=1e-5)
+    assert not mean_cost.requires_grad and not any(value.requires_grad for value in logs.values())
 
 
 def test_optimisers():
-    env, agent = env_and_agent(policy_lr=1e-3, q_lr=2e-3, alpha_lr=3e-3, adam_beta1=0.6)
+    env, agent = env_and_agent(policy_lr=1e-3, q_lr=2e-3, alpha_lr=3e-3)
     settings = [(adam.param_groups[0]["lr"], adam.param_groups[0]["betas"][0]) for adam in agent.adams]
-    assert settings == [(1e-3, 0.6), (2e-3, 0.6), (3e-3, 0.9)]
+    assert settings == [(1e-3, 0.5), (2e-3, 0.5), (3e-3, 0.9)]
     logs = agent.update(random_batch(env), agent.policy.noise(16), agent.policy.noise(16))
     assert not any(value.requires_grad for value in logs.values())
     env, agent = env_and_agent(alpha=1e6)
@@ -463,22 +643,25 @@ def test_alpha_moves_the_right_way(scale, direction):
     assert (agent.log_alpha.item() - before) * direction > 0
 
 
-def test_the_temperature_target_counts_real_dimensions_and_the_run_only():
-    """4 for each of speaker's 3 and listener's 2; the gradient of log alpha is -alpha (mean - target)."""
-    env, agent = env_and_agent(alpha=2.0)
-    loss, logs = agent.temperature_loss(torch.tensor([19.0, 22.0]))
+@pytest.mark.parametrize("kind", POLICIES)
+def test_the_temperature_target_counts_real_dimensions_and_starts_from_the_noise(kind):
+    """For each of speaker's 3 and listener's 2, whatever the policies: 4, less the entropy of x_0, as x_0's density is
+    a part of C. The gradient of log alpha is alpha (target - mean)."""
+    env, agent = env_and_agent(policy=kind, alpha=2.0)
+    target = 5 * (4 - Normal(0.0, 2.5).entropy().item())
+    loss, logs = agent.temperature_loss(torch.tensor(target + 0.5))
     loss.backward()
-    assert agent.log_alpha.grad.item() == pytest.approx(-2.0 * 0.5) == loss.item()
-    assert (logs["diag/running_cost"].item(), logs["diag/alpha"].item()) == pytest.approx((20.5, 2.0))
+    assert agent.log_alpha.grad.item() == pytest.approx(-2.0 * 0.5, abs=1e-5) == loss.item()
+    assert logs["diag/alpha"].item() == pytest.approx(2.0)
 
 
 def test_fixed_temperature_stays():
-    env, agent = env_and_agent(autotune=False, alpha=0.2)
+    env, agent = env_and_agent(alpha_lr=0.0, alpha=0.2)
     agent.update(random_batch(env), agent.policy.noise(16), agent.policy.noise(16))
     assert agent.log_alpha.exp().item() == pytest.approx(0.2)
 
 
-@pytest.mark.parametrize("policy", ["diffusion", "gaussian"])
+@pytest.mark.parametrize("policy", POLICIES)
 def test_an_update_changes_what_it_should(policy):
     """Of critics alone, and with the policies': these see the critics' new state, and leave it as it is."""
     env, agent = env_and_agent(policy=policy)
@@ -501,13 +684,17 @@ def test_an_update_changes_what_it_should(policy):
     assert {"losses/critic", "losses/policy", "losses/temperature"} <= set(logs)
 
 
-@pytest.mark.parametrize("kind", POLICIES)
-def test_initialisation_uses_the_true_number_of_inputs(kind):
-    """Not that of the largest agent: the first layer's weights are as large as its own inputs ask for."""
+@pytest.mark.parametrize("kind, x_scale", [*((kind, 1.0) for kind in POLICIES), ("diffusion", 8.0)])
+def test_policies_start_as_those_of_dime(kind, x_scale):
+    """One first layer over x, o and H embedded steps, whose inputs are all as large; u is nearly 0 at the start."""
     torch.manual_seed(0)
-    policy = kind([100, 400], [2, 2], make_args(policy_hidden=400))
-    inputs = np.array([100, 400]) + (402 if kind is DiffusionPolicy else 0)  # actions and the embedded step
-    np.testing.assert_allclose(policy.in_obs.weight.detach().std(dim=(1, 2)), inputs**-0.5, rtol=0.02)
+    policy = POLICIES[kind]([300] * 3, [100] * 3, make_args(policy=kind, policy_hidden=200, x_scale=x_scale))
+    std = lambda name: dict(policy.named_parameters())[name].std().item()
+    inputs = 600 if kind in CHAINS else 300
+    wanted = {"in_obs.weight": inputs**-0.5, "hidden1.weight": 200**-0.5, "hidden2.weight": 200**-0.5}
+    wanted |= {"out.weight": 1e-3 * 200**-0.5} | ({"in_x.weight": x_scale * inputs**-0.5} if kind in CHAINS else {})
+    assert {name: std(name) for name in wanted} == pytest.approx(wanted, rel=0.02)
+    assert not any(p.any() for name, p in policy.named_parameters() if name.endswith("bias"))
 
 
 # --- replay ---
@@ -551,6 +738,18 @@ def test_what_is_kept_of_an_episode(tmp_path, monkeypatch):
     moved = data["next_obs"] - data["obs"]  # the position after is that before + 0.1 velocity
     np.testing.assert_allclose(moved[..., 2:4], 0.1 * data["obs"][..., :2], atol=1e-5)
     assert np.abs(data["action"]).max() <= 1 and data["action"].std() == pytest.approx(3**-0.5, abs=0.02)  # uniform
+
+
+def test_padding_in_the_replay_is_zero(tmp_path, monkeypatch):
+    """Also that of the uniform actions at the start: the critics read padded actions as they are."""
+    kept, add = [], Replay.add
+    monkeypatch.setattr(Replay, "add", lambda self, **new: kept.append(new["action"].copy()) or add(self, **new))
+    short = "--total-timesteps 200 --num-envs 2 --eval-every 100 --eval-episodes 1 --learning-starts 100 --device cpu"
+    sizes = "--env-id mpe_simple_speaker_listener --updates-per-step 0.5 --policy-hidden 8 --critic-hidden 8"
+    assert main([*short.split(), *sizes.split(), "--run-dir", str(tmp_path)]) == 0
+    for action in (np.stack(kept[:50]), np.stack(kept[50:])):  # [steps, E, N, A]: drawn uniformly, then by the policies
+        assert action.shape == (50, 2, 2, 3) and action[:, :, 0].all() and action[:, :, 1, :2].all()
+        assert not action[:, :, 1, 2].any()
 
 
 def test_a_checkpoint_holds_what_is_in_the_replay_and_not_its_empty_rest(tmp_path, monkeypatch):

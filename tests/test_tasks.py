@@ -322,7 +322,7 @@ def test_gymnasium_accepts_robots(env_id):
 # --- training on every task ---
 
 
-@pytest.mark.parametrize("policy", ["diffusion", "gaussian"])
+@pytest.mark.parametrize("policy", omad.POLICIES)
 @pytest.mark.parametrize("env_id", list_tasks())
 def test_every_task_does_real_updates(env_id, policy):
     """On real transitions, with every hyper-parameter of its preset but the widths: all parameters change and stay finite."""

@@ -1,0 +1,127 @@
+"""A closer look at runs that still have their checkpoint.pt and policy.pt, in fresh episodes.
+
+    python runs/look.py RUN_DIR RUN_DIR ...
+
+Of dom2.py, a row of runs/results/belief.csv: where it falls short, is it critics or policies? Means over steps of what
+the critics (the smaller of the two averaged ones) `believed` of what policies did, and what they `earned`, the
+discounted rewards that followed, with the critics' belief behind the end (mean weight `end`); the mean size of an
+`action`'s entries, the share beyond 0.99 (`edge`); over 10,000 rows of the data, what critics believe of the actions in
+them (`data`) and of the policies' `own`. Of omad.py, a row of entropy.csv: means over states of an episode of the
+`bound` that training counts, on the joint entropy of all actions in nats, and of the `entropy`, estimated from samples.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from scipy.spatial import KDTree
+from scipy.special import digamma, gammaln
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+import dom2
+import omad
+from campaign import RESULTS, record
+from common.datasets import open_dataset
+from common.envs import BadInput, find_task, make_env, make_vec
+
+FRESH = 10**6  # seed of episodes that no run evaluates on
+
+
+@torch.no_grad()
+def believe(agent: dom2.DOM2, obs: np.ndarray, action: np.ndarray) -> np.ndarray:
+    """obs [E, N, O], action [E, N, A] -> [E, N]."""
+    policy = agent.slow_policy
+    obs = ((torch.from_numpy(obs) - policy.obs_mean) / policy.obs_std).transpose(0, 1)
+    return agent.slow_critic(obs, torch.from_numpy(action).transpose(0, 1)).amin(0).T.numpy()
+
+
+def to_go(rewards: np.ndarray, gamma: float, end: np.ndarray | float) -> np.ndarray:
+    """Discounted sums of what follows: rewards [T, ...] and the value behind the last of them -> [T, ...]."""
+    result, following = np.zeros_like(rewards), end
+    for t in reversed(range(len(rewards))):
+        result[t] = following = rewards[t] + gamma * following
+    return result
+
+
+def belief(run: Path) -> tuple[dict, dict]:
+    """The key and the numbers of a run of dom2.py. Raises `BadInput`."""
+    config, saved = dom2.load(run / "config.json"), dom2.load(run / "checkpoint.pt")
+    args, task = dom2.Args(**config["args"]), find_task(config["env_id"])
+    if not args.q_weight or task.terminates:
+        raise BadInput(f"{run}: give runs with critics (a --q-weight) and in tasks in which nobody falls")
+    data = open_dataset(args.dataset, args.data_fraction, args.seed, args.env_id, args.data_seed)
+    if data.checksum != saved["data"]:
+        raise BadInput(f"{run}: trained on other data than {args.dataset} holds now")
+    inside = dict(observation=args.observation, prey=args.prey)
+    agent = dom2.DOM2(make_env(config["env_id"], **inside), args, torch.device("cpu"))
+    agent.load_state_dict(saved["agent"])
+    envs, act = make_vec(config["env_id"], 10 if task.own_state else 200, **inside), dom2.make_act(agent.slow_policy)
+    torch.manual_seed(FRESH)
+    obs, _ = envs.reset(seed=FRESH)
+    believed, rewards, actions = [], [], []
+    for _ in range(task.horizon):
+        actions.append(act(obs))
+        believed.append(believe(agent, obs, actions[-1]))
+        obs, _, _, _, info = envs.step(actions[-1])
+        rewards.append(info["agent_rewards"].astype(np.float64))
+    earned = to_go(np.array(rewards), args.gamma, believe(agent, obs, act(obs)))
+    weight = to_go(np.zeros(len(rewards)), args.gamma, 1.0)
+    rows = np.sort(np.random.default_rng(0).choice(len(data.obs), min(10_000, len(data.obs)), replace=False))
+    seen, done, size = data.obs[rows], np.clip(data.actions[rows], -1, 1), np.abs(actions)
+    numbers = dict(
+        return_mean=np.sum(rewards, 0).mean(), believed=np.mean(believed), earned=earned.mean(), end=np.mean(weight),
+        data=believe(agent, seen, done).mean(), own=believe(agent, seen, act(seen)).mean(),
+        action=size.mean(), edge=(size > 0.99).mean(),
+    )  # fmt: skip
+    return dict(dataset="-".join(Path(args.dataset).parts[-3:]), policy=args.policy, seed=args.seed), numbers
+
+
+def estimate(x: np.ndarray, k: int = 5) -> float:
+    """Differential entropy of what the samples x [M, D] were drawn from."""
+    count, d = x.shape
+    distance = KDTree(x).query(x, k + 1)[0][:, -1]  # to the k-th neighbour; the first one is the sample itself
+    ball = d / 2 * np.log(np.pi) - gammaln(d / 2 + 1)
+    return digamma(count) - digamma(k) + ball + d * np.log(distance).mean()
+
+
+@torch.no_grad()
+def noise(run: Path, states: int = 20, samples: int = 4000) -> tuple[dict, dict]:
+    """The key and the numbers of a run of omad.py."""
+    policy, saved = omad.load_policy(run)
+    args, act, seen, done = omad.Args(**saved["args"]), omad.make_act(policy), [], False
+    envs = make_vec(args.env_id, 1, args.observation, prey=args.prey)
+    obs, _ = envs.reset(seed=FRESH)
+    while not done:
+        seen.append(obs[0])
+        obs, _, terminated, truncated, _ = envs.step(act(obs))
+        done = terminated | truncated
+    policy, bounds, entropies = policy.double(), [], []
+    for one in torch.from_numpy(np.array(seen[:: -(-len(seen) // states)])).double():
+        action, cost = policy(one.expand(samples, -1, -1), policy.noise(samples).double())  # [M, N, A], [M, N]
+        x = torch.atanh(action.clamp(-1 + 1e-15, 1 - 1e-15))
+        parts = [estimate(x[:, i, :size].numpy()) for i, size in enumerate(saved["action_sizes"])]
+        bounds.append(-cost.sum(1).mean())
+        entropies.append(sum(parts) + torch.log1p(-(action**2) + 1e-15).sum((1, 2)).mean())
+    names = ("env_id", "policy", "denoising_steps", "seed")
+    return {key: vars(args)[key] for key in names}, dict(bound=np.mean(bounds), entropy=np.mean(entropies))
+
+
+def main(runs: tyro.conf.Positional[tuple[Path, ...]]) -> int:
+    """Looks at these directories of runs. Returns the exit code: 0 done, 2 bad input."""
+    torch.set_num_threads(1)
+    try:
+        for run in runs:
+            online = (run / "config.json").exists() and '"omad-' in (run / "config.json").read_text()
+            key, numbers = noise(run) if online else belief(run)
+            record(RESULTS / ("entropy.csv" if online else "belief.csv"), key, **numbers)
+    except BadInput as error:
+        print(f"look.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(tyro.cli(main))
