@@ -90,12 +90,13 @@ def test_acting_can_be_exported_for_any_number_of_observations(kind):
     [
         (omad, "mpe_simple_spread", 100, -10.0),  # random policies: -27
         (omad, "mamujoco_halfcheetah_2x3", 5, 4000.0),  # -490; in one episode of twenty it falls, and earns 2000
+        (omad, "doors_blind", 400, 0.8),  # 0.1; with one mode at most 0.5
         (dom2, "omar_simple_spread-medium", 100, 420.0),  # 156
     ],
 )
 def test_the_policies_in_this_repository_do_what_they_were_trained_for(module, name, episodes, level, capsys):
     """With the packages of requirements.txt, on start states that they have not seen."""
     file = ROOT / "runs/policies" / f"{name}.pt"
-    assert file.stat().st_size < 1_000_000 and load(file)["args"]["run_dir"] == "runs"
+    assert file.stat().st_size < 1_000_000 and load(file)["args"]["run_dir"].startswith("runs")  # no machine's path
     assert module.main(["--evaluate", str(file), "--seed", "77", "--eval-episodes", str(episodes)]) == 0
     assert float(re.search(r"return (\S+) ±", capsys.readouterr().out)[1]) > level
