@@ -72,12 +72,12 @@ class Args:
     policy_frequency: int = 3  # critic updates per update of the policies and the temperature
     policy_lr: float = 3e-4  # learning rate of the policies
     q_lr: float = 3e-4  # learning rate of the critics
-    policy: Literal["diffusion", "dime", "gaussian"] = "diffusion"  # dime: the published chain; or squashed Gaussians
+    policy: Literal["diffusion", "dime", "gaussian"] = "diffusion"  # dime: DIME's chain, made for K = 8; or Gaussians
     denoising_steps: int = 8  # K, steps from noise to action
-    last_noise: bool = True  # actions with the noise of the last step; --no-last-noise to evaluate them without
+    last_noise: bool = True  # actions with the noise of the last step; --no-last-noise is meant for --evaluate
     policy_hidden: int = 256  # H, width of each agent's network
-    time_power: float = 1.0  # step k is at time 1 - (1 - k / K)^power: more ends in smaller noise, for narrow modes
-    x_scale: float = 1.0  # of the first layer's weights of x at the start; more is for many modes
+    time_power: float = 1.0  # step k is at time 1 - (1 - k / K)^power: above 1, less noise in the last steps
+    x_scale: float = 1.0  # factor on the first layer's initial weights of x: above 1 for many modes
     critic_hidden: int = 2048  # width of each critic
     n_atoms: int = 100  # Z, atoms of the return distribution
     v_min: float = -1000.0  # smallest representable return
@@ -87,7 +87,7 @@ class Args:
     tau: float = 0.0  # averaging rate of slow target critics; 0: none, but a joint forward pass
     alpha: float = 1.0  # start value of the temperature
     alpha_lr: float = 1e-3  # learning rate of log alpha; 0: the temperature stays as it is
-    target_entropy_scale: float = 4.0  # path costs, but for the part of x_0, should be this times the joint dimension
+    target_entropy_scale: float = 4.0  # path costs should be this - 2.335 for each action entry: more is less noise
 
 
 # [deviation D1] MPE presets suit a laptop CPU: small networks, fewer updates, support and discount of 25-step episodes.
@@ -96,9 +96,9 @@ MPE = dict(
     updates_per_step=0.125, policy_lr=1e-3, q_lr=1e-3, denoising_steps=4, policy_hidden=64, critic_hidden=128,
     v_min=-30.0, v_max=10.0, bn_warmup=5_000, alpha=0.005,
 )  # fmt: skip
-# MaMuJoCo has the sizes of the paper and of DIME, which want a GPU. Supports are symmetric: values then start near 0.
+# MaMuJoCo has the sizes of the paper and of DIME, which want a GPU. Supports are symmetric: values then start at 0.
 ROBOT = dict(observation="full")
-# OMAR's tasks make offline data, on a CPU [deviation D1]. Steps of many copies of a particle world cost almost nothing.
+# OMAR's tasks, which make offline data, and doors [deviation D1]: steps of many copies cost almost nothing.
 OMAR = MPE | dict(total_timesteps=100_000, num_envs=32, updates_per_step=0.0625, eval_every=4_000, alpha=0.1)
 SUITES = {"mpe": MPE, "mamujoco": ROBOT, "omar": OMAR, "doors": OMAR}
 OWN = {  # what else a task has [deviation D1]; in MaMuJoCo a robot, with all its partitions
@@ -149,14 +149,14 @@ class DiffusionPolicy(nn.Module):
     """N independent diffusion policies: K steps with a learned u, from noise to x_K, and the action a = tanh(x_K).
 
     x_0 ~ N(0, 2.5^2 I),   x_{k+1} ~ N(keep_k x_k + gain_k u(x_k, o, k), var_k)
-    The way back, which only the bound on the entropy needs:   x_k ~ N(back_k x_{k+1}, wide_k)"""
+    The way back, for the bound on the entropy, and which DDPM's steps invert:   x_k ~ N(back_k x_{k+1}, wide_k)"""
 
     def __init__(self, obs_sizes: list[int], action_sizes: list[int], args: Args, steps: int = 0):
         super().__init__()
         n, o, a, hidden = len(obs_sizes), max(obs_sizes), max(action_sizes), args.policy_hidden
         real = torch.arange(a) < torch.tensor(action_sizes)[:, None]  # [N, A]
         self.register_buffer("action_mask", real.float()[:, None], persistent=False)  # [N, 1, A]
-        # The first layer: x's part, o's, used once a chain, and that of H embedded steps, a bias each [deviation D3].
+        # The first layer: of x, of o (once a chain), and a bias for each step for H embedded entries [deviation D3].
         self.in_x, self.in_obs = (ParallelLinear(n, i, hidden, math.sqrt(i / (a + o + hidden))) for i in (a, o))
         self.in_x.weight.data *= args.x_scale
         self.in_step = nn.Parameter(0.5 * torch.randn(n, args.denoising_steps, hidden))
@@ -164,7 +164,7 @@ class DiffusionPolicy(nn.Module):
         self.out = ParallelLinear(n, hidden, a, scale=1e-3)  # near zero [DIME]
         # K. With other `steps` than trained the chain walks the same stretch of time in longer or shorter ones.
         self.steps, self.dime = steps or args.denoising_steps, args.policy == "dime"
-        time = 1 - torch.linspace(1, 0, self.steps + 1)[:, None, None, None] ** args.time_power  # [K + 1, 1, 1, 1]
+        time = torch.arange(self.steps + 1)[:, None, None, None] / self.steps  # [K + 1, 1, 1, 1], from 0 to 1
         self.register_buffer("index", torch.arange(self.steps) * args.denoising_steps // self.steps, persistent=False)
         if self.dime:
             self.rho_dt = nn.Parameter(torch.full([n, 1, 1], math.log(math.expm1(0.1))))  # its softplus is 0.1
@@ -173,13 +173,13 @@ class DiffusionPolicy(nn.Module):
             self.register_buffer("schedule", args.denoising_steps / self.steps * schedule, persistent=False)
         else:
             self.log_s = nn.Parameter(torch.full([n, 1, a], math.log(0.2) / 5))  # a fifth: Adam moves s faster
-            self.register_buffer("signal", torch.cos(math.pi / 2 * 0.97 * (1 - time)), persistent=False)
+            self.register_buffer("signal", torch.cos(0.485 * math.pi * (1 - time) ** args.time_power), persistent=False)
 
     def coefficients(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """keep, gain, var, back, wide [K, N, 1, A]. Of DDPM [deviation D5]: u predicts x_K. If x_K ~ N(u, s^2), s
+        """keep, gain, var, back, wide, like [K, N, 1, A]. Of DDPM [deviation D5]: u predicts x_K. If x_K ~ N(u, s^2), s
         learned, and noise is added on the way back, then x_k ~ N(signal_k u, total_k), and a step inverts that exactly.
 
-        [OMAD chain], `--policy dime`: u is a drift, with learned step sizes, and variance 2 eta_k both ways,
+        [DIME chain], `--policy dime`: u is a drift, with learned step sizes, and variance 2 eta_k both ways,
             eta_k = softplus(rho_dt) schedule_k / softplus(rho_friction),   mean x_k + eta_k (-x_k / 2.5^2 + u)"""
         if self.dime:
             eta = F.softplus(self.rho_dt) * self.schedule / F.softplus(self.rho_friction)
@@ -200,7 +200,7 @@ class DiffusionPolicy(nn.Module):
 
         E[C_i] >= -H(pi_i): -E[C_i] is a lower bound on the entropy [OMAD bound].
             C     = log N(x_0; 0, 2.5^2 I) - log w - sum_d log(1 - tanh(x_K)^2)
-            log w = sum_k log N(x_k; back_k x_{k+1}, wide_k) - log N(x_{k+1}; keep_k x_k + gain_k u, var_k)"""
+            log w = sum_k [log N(x_k; back_k x_{k+1}, wide_k) - log N(x_{k+1}; keep_k x_k + gain_k u, var_k)]"""
         noise = noise.transpose(1, 2) * self.action_mask  # [K + 1, N, B, A]
         keep, gain, var, back, wide = self.coefficients()
         # u = h w + b of `out`, so x_{k+1} = keep x_k + h (gain w) + (gain b + noise). What needs no x is computed here.
@@ -324,7 +324,7 @@ class OMAD(nn.Module):
         self.critic = Critic(env.state_size, env.action_sizes, args).to(device)
         self.slow_critic = copy.deepcopy(self.critic).eval().requires_grad_(False) if args.tau else None
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha), device=device))
-        start = -0.5 - math.log(2.5 * math.sqrt(2 * math.pi))  # E[log N(x_0; 0, 2.5^2)], which is in C, but not in 4
+        start = -0.5 - math.log(2.5 * math.sqrt(2 * math.pi))  # E[log N(x_0; 0, 2.5^2)], which C has and 4 has not
         self.target_cost = (args.target_entropy_scale + start) * sum(env.action_sizes)
         adam = partial(torch.optim.Adam, fused=True, capturable=device.type == "cuda")
         self.policy_adam = adam(self.policy.parameters(), args.policy_lr, betas=(0.5, 0.999))
@@ -580,7 +580,7 @@ def train(args: Args, envs: gym.vector.VectorEnv | None = None) -> None:
 # 6. Files and command line ============================================================================================
 FORMAT = "omad-4"  # of policy.pt and checkpoint.pt; raise it when a change makes older files unreadable
 WITH_RESUME = set("resume total_timesteps prey device torch_threads cuda_graph compile capture_video".split())
-WITH_EVALUATE = WITH_RESUME ^ set("total_timesteps evaluate seed eval_episodes denoising_steps last_noise".split())
+WITH_EVALUATE = WITH_RESUME - {"total_timesteps"} | {*"evaluate seed eval_episodes denoising_steps last_noise".split()}
 
 
 def write(path: Path, dump: Callable[[Path], object]) -> None:

@@ -41,9 +41,10 @@ SHARED, SIX = f"{SPREAD}-expert", "omar_simple_spread_6-assignments"
 METHODS = ("dom2", "imitation", "deterministic")
 DATA, OTHERS = [f"{task}-{split}" for task in SCORES for split in SPLITS], METHODS[1:]
 NAMES = {MPE: "spread", "mpe_simple_spread_n4": "spread, four agents", "mpe_simple_adversary": "physical deception"}
-NAMES |= {CHEETAH: "HalfCheetah 2x3", ANT: "Ant 2x4", WALKER: "Walker2d 2x3", DOORS: "blind doors"}
+NAMES |= {CHEETAH: "HalfCheetah 2x3", WALKER: "Walker2d 2x3", DOORS: "blind doors", f"{CHEETAH[:-3]}6x1": "HalfCheetah 6x1"}
+NAMES |= {ANT: "Ant 2x4", f"{ANT}d": "Ant 2x4d", "mamujoco_ant_4x2": "Ant 4x2", "mamujoco_swimmer_2x1": "Swimmer 2x1"}
 NAMES |= {SPREAD: "spread", TAG: "tag", WORLD: "world", ROBOT: "HalfCheetah"}
-NAMES |= {"diffusion": "OMAD", "dime": "published chain", "gaussian": "Gaussian ablation"}
+NAMES |= {"diffusion": "OMAD", "dime": "DIME's chain", "gaussian": "Gaussian ablation"}
 NAMES |= {"dom2": "DOM2", "deterministic": "baseline"}
 NAMES |= {f"{task}-{split}": f"{NAMES[task]}, {split}" for task in SCORES for split in SPLITS}
 TIMED = NAMES | {"omad": "OMAD", "growth": "N agents", "diffusion": "K = 8", "unet": "K = 5", "mlp": "K = 5, MLP"}
@@ -173,7 +174,7 @@ def made(runs: list[Result]) -> str:
     days = sorted(re.sub(r"(....)(..)(..)", r"\1-\2-\3", run.folder.split("__")[3][:8]) for run in runs)
     machines = sorted({re.sub("x86_64, 2 cores(, no GPU)?", CPU, run.config.get("machine", CPU)) for run in runs})
     when = " to ".join(dict.fromkeys((days[0], days[-1])))
-    what = "Interquartile mean [95 % interval; of two or three seeds the lowest and the highest] (seeds)"
+    what = "Interquartile mean [95 % interval; of up to four seeds the lowest and the highest] (seeds)"
     return f"*{what}. {'; '.join(machines)}; {when}.*"
 
 
@@ -206,7 +207,7 @@ def compared(experiment: str, tasks: dict[str, tuple[str, int]]) -> str:
             values = [run.curve["return_mean"][np.searchsorted(run.curve["step"], steps)] for run in used[-1]]
             row.append(cell(np.array(values), places(task)))
         rows.append(row)
-    head = [f"{name(task)}, {steps:,} steps" for task, (_, steps) in tasks.items()]
+    head = [f"{name(task)}: evaluation after {steps:,} steps" for task, (_, steps) in tasks.items()]
     return table(["variant", *head], rows, made(sum(used, []))) if any(used[2 * len(tasks) :]) else "Not run yet."
 
 
@@ -310,6 +311,7 @@ def verdicts() -> str:
     for task, experiment in {MPE: "spread", CHEETAH: "robots", WALKER: "robots", ANT: "robots", DOORS: "doors"}.items():
         ours, ablation = (fresh(experiment, task, policy) for policy in ("diffusion", "gaussian"))
         if not len(ours):
+            add(f"OMAD learns {name(task)}", "not run yet", "–", [], "omad")
             continue
         digits, still = {MPE: 1, DOORS: 2}.get(task, 0), scale[task, "standing still"]
         told = f"{cell(ours, digits)}; standing still {number(still, digits)}"
@@ -317,7 +319,8 @@ def verdicts() -> str:
         runs, learns = read(experiment, task, "diffusion"), interval(ours)[0] > still + MARGINS.get(task, 1000)
         add(f"OMAD learns {name(task)}", "yes" if learns else "no", told, runs, "omad")
         told, runs = f"ablation {cell(ablation, digits)}", read(experiment, task, "gaussian")
-        add("… and beats its Gaussian ablation there", word[welch(ours, ablation)], told, runs, "omad") if learns else 0
+        if learns and runs:
+            add("… and beats its Gaussian ablation there", word[welch(ours, ablation)], told, runs, "omad")
     runs = [run for dataset in DATA for run in read("offline", dataset, "dom2")]
     pairs = [(offline(dataset)[0], data_return(dataset)) for dataset in DATA]
     found = [decided(ours.mean() - level, stats.ttest_1samp(ours, level).pvalue) for ours, level in pairs]
@@ -342,8 +345,8 @@ CONTROLLER = {"task": "{task}", "who": "{controller}", "return": "{return_mean:,
 TABLES: dict[str, Callable[[], str]] = {
     "verdicts": verdicts, "omad-noise": noises,
     "omad-spread": lambda: online("spread", MPE), "omad-longer": lambda: online("longer", CHEETAH),
-    "omad-others": lambda: online("others", *(run.on for run in campaign.declared(("others",)))),
-    "omad-entropy": lambda: plain("entropy", {"policy": "{policy}", "seed": "{seed:.0f}", "bound": "{bound:.1f}",
+    "omad-others": lambda: online("others", *dict.fromkeys(run.on for run in campaign.declared(("others",)))),
+    "omad-entropy": lambda: plain("entropy", {"task": "{env_id}", "policy": "{policy}", "seed": "{seed:.0f}", "bound": "{bound:.1f}",
                                               "entropy": "{entropy:.1f}"}),
     "omad-doors": lambda: online("doors", DOORS), "omad-chain": lambda: compared("chain", {CHEETAH: ("robots", 30_000)}),
     "omad-ablations": lambda: compared("ablations", {CHEETAH: ("robots", 30_000), MPE: ("spread", 200_000)}),
@@ -374,11 +377,11 @@ def curves(experiment: str, *tasks: str) -> Figure:
     figure = Figure(figsize=(10, 3.4 * len(tasks)), layout="constrained")
     scale = [(row["task"], row["controller"], row["return_mean"]) for row in rows_of(RESULTS / "controllers.csv")]
     for task, pair in zip(tasks, figure.subplots(len(tasks), 2, sharey="row", squeeze=False)):
-        for axis, by, label in zip(pair, ("step", "wall_time_s"), ("environment steps", "minutes")):
+        for axis, by, label in zip(pair, ("step", "wall_time_s"), ("thousand environment steps", "minutes")):
             there = [(k, policy, read(experiment, task, policy)) for k, policy in enumerate(("diffusion", "gaussian"))]
             for k, policy, runs in (known for known in there if known[2]):
                 returns = np.stack([run.curve["return_mean"] for run in runs])  # [seeds, evaluations]
-                x = np.mean([run.curve[by] for run in runs], 0) / (1 if by == "step" else 60)
+                x = np.mean([run.curve[by] for run in runs], 0) / (1000 if by == "step" else 60)
                 low, high = zip(*(interval(values) for values in returns.T))
                 axis.plot(x, [iqm(values) for values in returns.T], f"C{k}", label=f"{name(policy)}, {len(runs)} seeds")
                 axis.fill_between(x, low, high, color=f"C{k}", alpha=0.2, lw=0)

@@ -31,6 +31,14 @@ def test_best_mixtures_by_enumeration():
     assert values[(0, 1, 2, 3), (0, 1, 2, 3)] == pytest.approx(0.886, abs=5e-4)
 
 
+def test_no_mixture_is_better_by_enumeration():
+    """Of all in which windows have multiples of one sixth."""
+    sixths = np.array([m for m in itertools.product(range(7), repeat=4) if sum(m) == 6]) / 6  # [mixtures, 4]
+    agents = np.pad(sixths, ((0, 0), (0, 1)))  # [mixtures, 5]
+    pairs = np.stack(np.broadcast_arrays(agents[:, None], agents), -2)  # [mixtures, mixtures, 2, 5]
+    assert exact_value(pairs).max() == pytest.approx(1 / 1.1)
+
+
 def test_best_pair_of_gaussians_by_enumeration():
     """A mean and a width for each agent, tanh after: no pair is better than one window each."""
     low, high = np.arctanh(WINDOWS - 0.05), np.arctanh(WINDOWS + 0.05)

@@ -112,12 +112,11 @@ def two_kernels(kind, n, steps, size, stretch=1.0, power=1.0):
 
     DDPM: x_K ~ N(u, size^2) is pushed back by the noising kernels to x_{n+1}; conditioned on x_n that is the step, in
     terms of precisions. DIME: both kernels have the variance 2 eta, with eta = size schedule."""
-    left = [(1 - k / steps) ** power for k in range(steps + 1)]  # of time
     if kind == "dime":
-        eta = stretch * size * (0.999 * math.cos(math.pi / 2 * (1.008 - left[n]) / 1.008) ** 2 + 0.001)
+        eta = stretch * size * (0.999 * math.cos(math.pi / 2 * (0.008 + n / steps) / 1.008) ** 2 + 0.001)
         std = (2 * eta) ** 0.5
         return lambda x, u: Normal(x + eta * (u - x / 2.5**2), std), lambda x: Normal(x - eta * x / 2.5**2, std)
-    signal = [math.cos(0.97 * math.pi / 2 * part) for part in left]
+    signal = [math.cos(0.97 * math.pi / 2 * (1 - k / steps) ** power) for k in range(steps + 1)]
     backs = [before / after for before, after in zip(signal, signal[1:])]
     share, var = 1.0, size**2  # of what comes next: its mean is share * u
     for back in reversed(backs[n + 1 :]):
