@@ -41,11 +41,11 @@ SHARED, SIX = f"{SPREAD}-expert", "omar_simple_spread_6-assignments"
 METHODS = ("dom2", "imitation", "deterministic")
 DATA, OTHERS = [f"{task}-{split}" for task in SCORES for split in SPLITS], METHODS[1:]
 NAMES = {MPE: "spread", "mpe_simple_spread_n4": "spread, four agents", "mpe_simple_adversary": "physical deception"}
-NAMES |= {CHEETAH: "HalfCheetah 2x3", WALKER: "Walker2d 2x3", DOORS: "blind doors", f"{CHEETAH[:-3]}6x1": "HalfCheetah 6x1"}
+NAMES |= {CHEETAH: "HalfCheetah 2x3", WALKER: "Walker2d 2x3", DOORS: "blind doors"}
 NAMES |= {ANT: "Ant 2x4", f"{ANT}d": "Ant 2x4d", "mamujoco_ant_4x2": "Ant 4x2", "mamujoco_swimmer_2x1": "Swimmer 2x1"}
 NAMES |= {SPREAD: "spread", TAG: "tag", WORLD: "world", ROBOT: "HalfCheetah"}
 NAMES |= {"diffusion": "OMAD", "dime": "DIME's chain", "gaussian": "Gaussian ablation"}
-NAMES |= {"dom2": "DOM2", "deterministic": "baseline"}
+NAMES |= {"dom2": "DOM2", "deterministic": "baseline", "mamujoco_halfcheetah_6x1": "HalfCheetah 6x1"}
 NAMES |= {f"{task}-{split}": f"{NAMES[task]}, {split}" for task in SCORES for split in SPLITS}
 TIMED = NAMES | {"omad": "OMAD", "growth": "N agents", "diffusion": "K = 8", "unet": "K = 5", "mlp": "K = 5, MLP"}
 TIMED |= {"critic update": "critics' update", "act in 1": "one decision", "act in 256": "256 decisions at once"}
