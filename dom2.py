@@ -617,9 +617,12 @@ def parse(argv: list[str]) -> Args:
     """The command line, over the defaults of its task or over the arguments of the run or policy that it names."""
     words = [part for word in argv for part in word.split("=", 1)]
     given = dict(zip((word.replace("_", "-") for word in words), words[1:]))
-    if (run := given.get("--resume")) is not None:
+    for flag, value in zip(["", *words], words):
+        if value == "" or flag == "" and value[0] != "-":
+            raise BadInput(f"{flag} needs a value" if flag else f"{value!r} stands without a flag: --dataset {value}?")
+    if run := given.get("--resume"):
         default, free = Args(**load(Path(run, "config.json"))["args"]), WITH_RESUME
-    elif (path := given.get("--evaluate")) is not None:
+    elif path := given.get("--evaluate"):
         default, free = Args(**load(Path(path))["args"] | {"resume": "", "capture_video": False}), WITH_EVALUATE
     else:
         default, free = preset(given.get("--dataset", Args.dataset), given.get("--env-id", "")), vars(Args())

@@ -96,11 +96,10 @@ MPE = dict(
     updates_per_step=0.125, policy_lr=1e-3, q_lr=1e-3, denoising_steps=4, policy_hidden=64, critic_hidden=128,
     v_min=-30.0, v_max=10.0, bn_warmup=5_000, alpha=0.005,
 )  # fmt: skip
-# MaMuJoCo has the sizes of the paper and of DIME, which want a GPU. Supports are symmetric: values then start at 0.
-ROBOT = dict(observation="full")
 # OMAR's tasks, which make offline data, and doors [deviation D1]: steps of many copies cost almost nothing.
 OMAR = MPE | dict(total_timesteps=100_000, num_envs=32, updates_per_step=0.0625, eval_every=4_000, alpha=0.1)
-SUITES = {"mpe": MPE, "mamujoco": ROBOT, "omar": OMAR, "doors": OMAR}
+# MaMuJoCo has the sizes of the paper and of DIME, which want a GPU. Supports are symmetric: values then start at 0.
+SUITES = {"mpe": MPE, "mamujoco": dict(observation="full"), "omar": OMAR, "doors": OMAR}
 OWN = {  # what else a task has [deviation D1]; in MaMuJoCo a robot, with all its partitions
     **dict.fromkeys(("mpe_simple", "mpe_simple_speaker_listener"), dict(v_min=-90.0)),
     **dict.fromkeys(("mpe_simple_spread_n4", "mpe_simple_reference"), dict(v_min=-60.0)),
@@ -157,13 +156,12 @@ class DiffusionPolicy(nn.Module):
         real = torch.arange(a) < torch.tensor(action_sizes)[:, None]  # [N, A]
         self.register_buffer("action_mask", real.float()[:, None], persistent=False)  # [N, 1, A]
         # The first layer: of x, of o (once a chain), and a bias for each step for H embedded entries [deviation D3].
-        self.in_x, self.in_obs = (ParallelLinear(n, i, hidden, math.sqrt(i / (a + o + hidden))) for i in (a, o))
-        self.in_x.weight.data *= args.x_scale
+        self.in_x = ParallelLinear(n, a, hidden, args.x_scale * math.sqrt(a / (a + o + hidden)))
+        self.in_obs = ParallelLinear(n, o, hidden, math.sqrt(o / (a + o + hidden)))
         self.in_step = nn.Parameter(0.5 * torch.randn(n, args.denoising_steps, hidden))
         self.hidden1, self.hidden2 = ParallelLinear(n, hidden, hidden), ParallelLinear(n, hidden, hidden)
         self.out = ParallelLinear(n, hidden, a, scale=1e-3)  # near zero [DIME]
-        # K. With other `steps` than trained the chain walks the same stretch of time in longer or shorter ones.
-        self.steps, self.dime = steps or args.denoising_steps, args.policy == "dime"
+        self.steps, self.dime = steps or args.denoising_steps, args.policy == "dime"  # other K, same stretch of time
         time = torch.arange(self.steps + 1)[:, None, None, None] / self.steps  # [K + 1, 1, 1, 1], from 0 to 1
         self.register_buffer("index", torch.arange(self.steps) * args.denoising_steps // self.steps, persistent=False)
         if self.dime:
@@ -319,8 +317,7 @@ class OMAD(nn.Module):
 
     def __init__(self, env: TeamEnv, args: Args, device: torch.device):
         super().__init__()
-        self.args = args
-        self.policy = POLICIES[args.policy](env.obs_sizes, env.action_sizes, args).to(device)
+        self.args, self.policy = args, POLICIES[args.policy](env.obs_sizes, env.action_sizes, args).to(device)
         self.critic = Critic(env.state_size, env.action_sizes, args).to(device)
         self.slow_critic = copy.deepcopy(self.critic).eval().requires_grad_(False) if args.tau else None
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha), device=device))
@@ -616,9 +613,12 @@ def parse(argv: list[str]) -> Args:
     """The command line, over the defaults of its task or over the arguments of the run or policy that it names."""
     words = [part for word in argv for part in word.split("=", 1)]
     given = dict(zip((word.replace("_", "-") for word in words), words[1:]))
-    if (run := given.get("--resume")) is not None:
+    for flag, value in zip(["", *words], words):
+        if value == "" or flag == "" and value[0] != "-":
+            raise BadInput(f"{flag} needs a value" if flag else f"{value!r} stands without a flag: --env-id {value}?")
+    if run := given.get("--resume"):
         default, free = Args(**load(Path(run, "config.json"))["args"]), WITH_RESUME
-    elif (path := given.get("--evaluate")) is not None:
+    elif path := given.get("--evaluate"):
         default, free = Args(**load(Path(path))["args"] | {"resume": "", "capture_video": False}), WITH_EVALUATE
     else:
         default, free = preset(given.get("--env-id", Args.env_id)), vars(Args())

@@ -41,11 +41,11 @@ SHARED, SIX = f"{SPREAD}-expert", "omar_simple_spread_6-assignments"
 METHODS = ("dom2", "imitation", "deterministic")
 DATA, OTHERS = [f"{task}-{split}" for task in SCORES for split in SPLITS], METHODS[1:]
 NAMES = {MPE: "spread", "mpe_simple_spread_n4": "spread, four agents", "mpe_simple_adversary": "physical deception"}
-NAMES |= {CHEETAH: "HalfCheetah 2x3", WALKER: "Walker2d 2x3", DOORS: "blind doors"}
-NAMES |= {ANT: "Ant 2x4", f"{ANT}d": "Ant 2x4d", "mamujoco_ant_4x2": "Ant 4x2", "mamujoco_swimmer_2x1": "Swimmer 2x1"}
-NAMES |= {SPREAD: "spread", TAG: "tag", WORLD: "world", ROBOT: "HalfCheetah"}
+NAMES |= {SPREAD: "spread", TAG: "tag", WORLD: "world", ROBOT: "HalfCheetah", DOORS: "blind doors"}
+ROBOTS = "HalfCheetah 2x3", "HalfCheetah 6x1", "Ant 2x4", "Ant 2x4d", "Ant 4x2", "Walker2d 2x3", "Swimmer 2x1"
+NAMES |= {f"mamujoco_{robot.lower().replace(' ', '_')}": robot for robot in ROBOTS}
 NAMES |= {"diffusion": "OMAD", "dime": "DIME's chain", "gaussian": "Gaussian ablation"}
-NAMES |= {"dom2": "DOM2", "deterministic": "baseline", "mamujoco_halfcheetah_6x1": "HalfCheetah 6x1"}
+NAMES |= {"dom2": "DOM2", "deterministic": "baseline", "dime, K = 4": "DIME's chain, K = 4"}
 NAMES |= {f"{task}-{split}": f"{NAMES[task]}, {split}" for task in SCORES for split in SPLITS}
 TIMED = NAMES | {"omad": "OMAD", "growth": "N agents", "diffusion": "K = 8", "unet": "K = 5", "mlp": "K = 5, MLP"}
 TIMED |= {"critic update": "critics' update", "act in 1": "one decision", "act in 256": "256 decisions at once"}
@@ -346,11 +346,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "verdicts": verdicts, "omad-noise": noises,
     "omad-spread": lambda: online("spread", MPE), "omad-longer": lambda: online("longer", CHEETAH),
     "omad-others": lambda: online("others", *dict.fromkeys(run.on for run in campaign.declared(("others",)))),
-    "omad-entropy": lambda: plain("entropy", {"task": "{env_id}", "policy": "{policy}", "seed": "{seed:.0f}", "bound": "{bound:.1f}",
-                                              "entropy": "{entropy:.1f}"}),
-    "omad-doors": lambda: online("doors", DOORS), "omad-chain": lambda: compared("chain", {CHEETAH: ("robots", 30_000)}),
+    "omad-entropy": lambda: plain("entropy", {"task": "{env_id}", "policy": "{policy}", "seed": "{seed:.0f}",
+                                              "bound": "{bound:.1f}", "entropy": "{entropy:.1f}"}),
+    "omad-doors": lambda: online("doors", DOORS), "omad-robots": lambda: online("robots", CHEETAH, WALKER, ANT),
+    "omad-chain": lambda: compared("chain", {CHEETAH: ("robots", 30_000)}),
     "omad-ablations": lambda: compared("ablations", {CHEETAH: ("robots", 30_000), MPE: ("spread", 200_000)}),
-    "omad-robots": lambda: online("robots", CHEETAH, WALKER, ANT),
     "omad-scripts": lambda: plain("controllers", CONTROLLER | {"episodes": "{episodes:,.0f}"},
                                   lambda row: not row["task"].startswith("omar")),
     "omad-published": lambda: plain("published", {"task": "{task}", "who": "{who}", "return": "{return_mean:,.0f}",
@@ -360,11 +360,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "dom2-data": lambda: table(["share of the episodes", *map(name, METHODS)],
                                [[f"{share} %", *map(cell, values)] for share, values in shares().items()]),
     "dom2-belief": lambda: plain("belief", {
-        "data set": "{dataset}", "policies": "{policy}", "seed": "{seed:.0f}", "return of 10 episodes": "{return_mean:,.0f}",
+        "data set": "{dataset}", "policies": "{policy}", "seed": "{seed:.0f}",
+        "return of 10 episodes": "{return_mean:,.0f}",
         "believed": "{believed:,.0f}", "earned": "{earned:,.0f}", "of the data's actions": "{data:,.1f}",
         "of its own": "{own:,.1f}", "actions beyond 0.99": "{edge:.0%}"}, diffusion="DOM2"),
-    "speed-cpu": speed,
-    "dom2-scripts": lambda: plain("controllers", CONTROLLER, lambda row: row["task"] == SPREAD),
+    "speed-cpu": speed, "dom2-scripts": lambda: plain("controllers", CONTROLLER, lambda row: row["task"] == SPREAD),
     "datasets": cards.dataset_table, "policies": cards.policy_table, "port": cards.port_table,
     "pursuit": lambda: plain("controllers", CONTROLLER | {"std over episodes": "{return_std:.1f}"},
                              lambda row: row["task"] in (TAG, WORLD)),

@@ -1,6 +1,6 @@
 """How fast OMAD and DOM2 are here, and how near that is to what the machine can do.
 
-Commands are in speed.md. Versions of a step are timed in turns, within one process: eager; on a GPU also as a CUDA graph
+Commands are in speed.md. Versions of a step are timed in turns, in one process: eager; on a GPU also as a CUDA graph
 and as a graph of compiled networks. An update has all that training does for it. Columns:
 
     operations   that torch dispatches, without views: exact on any machine, and what a small network's time is made of

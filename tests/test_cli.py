@@ -475,11 +475,11 @@ BAD_INPUT = {
         (["--observation", "k9"], ["--observation", "k9"]),
         (["--prey", "nothing.pt"], ["--prey", "has no prey"]),
         (["--resume", "nowhere"], ["nowhere"]),
-        (["--resume", ""], ["config.json"]),
-        (["--resume="], ["config.json"]),
-        (["--evaluate="], ["policy.pt"]),
+        (["--resume", ""], ["--resume"]),
+        (["--resume="], ["--resume"]),
+        (["--evaluate="], ["--evaluate"]),
         (["--evaluate", "nowhere"], ["nowhere"]),
-        (["--evaluate", ""], ["missing"]),
+        (["--evaluate", ""], ["--evaluate"]),
     ],
     "omad": [
         (["--env-id", "mpe_simple_spred"], ["mpe_simple_spred", "mpe_simple_spread"]),
@@ -539,10 +539,11 @@ def test_words_that_are_not_numbers(program):
         assert refusal(program.call(*program.flags, program.total, word), program.total, f"'{word}'"), word
 
 
-@pytest.mark.parametrize("name, module", [("mpe_simple_spread", omad), ("omar_simple_spread-medium", dom2)])
-def test_a_task_or_a_data_set_without_its_flag(name, module, tmp_path, capsys):
+@pytest.mark.parametrize("name, flag", [("mpe_simple_spread", "--env-id"), ("omar_simple_spread-medium", "--dataset")])
+def test_a_task_or_a_data_set_without_its_flag(name, flag, tmp_path, capsys):
+    module = {"--env-id": omad, "--dataset": dom2}[flag]
     code, out, err = caller(module.main, tmp_path, capsys)(name)
-    assert code == 2 and name in err and not out
+    assert code == 2 and one_line(err, module.__name__) and f"{flag} {name}" in err and not out
     assert list(tmp_path.iterdir()) == []
 
 

@@ -97,6 +97,7 @@ def test_acting_can_be_exported_for_any_number_of_observations(kind):
 def test_the_policies_in_this_repository_do_what_they_were_trained_for(module, name, episodes, level, capsys):
     """With the packages of requirements.txt, on start states that they have not seen."""
     file = ROOT / "runs/policies" / f"{name}.pt"
-    assert file.stat().st_size < 1_000_000 and load(file)["args"]["run_dir"].startswith("runs")  # no machine's path
+    assert file.stat().st_size < 1_000_000
+    assert load(file)["args"]["run_dir"].split("/")[0] == "runs"  # no machine's path
     assert module.main(["--evaluate", str(file), "--seed", "77", "--eval-episodes", str(episodes)]) == 0
     assert float(re.search(r"return (\S+) ±", capsys.readouterr().out)[1]) > level
