@@ -83,6 +83,7 @@ class Args:
     v_min: float = -1000.0  # smallest representable return
     v_max: float = 1000.0  # largest; must exceed the largest discounted return with entropy bonus
     random_critics: bool = False  # start the critics' last layers at random; else at zero [deviation D6]
+    lower_critic: bool = False  # bootstrap from the critic with the lower value; else from the mean of both
     bn_warmup: int = 100_000  # critic updates with plain batch normalisation before renormalisation sets in
     tau: float = 0.0  # averaging rate of slow target critics; 0: none, but a joint forward pass
     alpha: float = 1.0  # start value of the temperature
@@ -106,18 +107,18 @@ OWN = {  # what else a task has [deviation D1]; in MaMuJoCo a robot, with all it
     "doors_blind": dict(
         total_timesteps=256_000, updates_per_step=0.125, gamma=1.0, v_min=-2.0, v_max=4.0, alpha=0.02, policy_lr=3e-4,
         denoising_steps=8, time_power=1.5, x_scale=8.0, critic_hidden=256, target_entropy_scale=6.0),
-    "mpe_simple_adversary": dict(v_max=30.0),
-    "mpe_collect_treasure": dict(v_min=-60.0, v_max=60.0),
+    "mpe_simple_adversary": dict(v_max=30.0), "mpe_collect_treasure": dict(v_min=-60.0, v_max=60.0),
     **dict.fromkeys(("omar_simple_spread", "omar_simple_spread_6"), dict(v_min=-600.0, v_max=600.0)),
     "omar_simple_tag": dict(v_min=-300.0, v_max=300.0, total_timesteps=400_000),
     "omar_simple_world": dict(v_min=-200.0, v_max=200.0, total_timesteps=400_000),
     "omar_halfcheetah_2x3": dict(
         v_min=-500.0, v_max=500.0, total_timesteps=500_000, num_envs=10, updates_per_step=0.1, eval_every=10_000,
         eval_episodes=10, learning_starts=10_000, gamma=0.99, policy_hidden=128, critic_hidden=256, bn_warmup=100_000),
+    **dict.fromkeys(("mamujoco_ant", "mamujoco_walker2d", "mamujoco_hopper"), dict(lower_critic=True)),  # they fall
     "mamujoco_halfcheetah": dict(v_min=-2000.0, v_max=2000.0),
     "mamujoco_swimmer": dict(v_min=-50.0, v_max=50.0, alpha=0.1),
     "mamujoco_manysegmentswimmer": dict(v_min=-100.0, v_max=100.0, alpha=0.01),
-    "mamujoco_humanoid": dict(v_min=-1500.0, v_max=1500.0),
+    "mamujoco_humanoid": dict(v_min=-1500.0, v_max=1500.0, lower_critic=True),
     "mamujoco_humanoidstandup": dict(v_min=-30000.0, v_max=30000.0),
     "mamujoco_reacher": dict(v_min=-50.0, v_max=50.0, alpha=0.1, eval_every=10_000, total_timesteps=300_000),
     "mamujoco_pusher": dict(v_min=-200.0, v_max=200.0, alpha=0.1, eval_every=10_000, total_timesteps=300_000),
@@ -336,6 +337,7 @@ class OMAD(nn.Module):
 
             L = sum_q E[-sum_j target_j log p_qj(s, a) + 0.005 sum_j p_qj log p_qj]
             target: mass mean_q p_qj(s', a') at the places r + gamma (1 - terminated) (z_j - alpha sum_i C_i), projected
+            with `lower_critic` the mass is p_qj(s', a') of that q which values (s', a') lower [deviation D7]
 
         A truncated step is not terminated: its target bootstraps from the true final observation. Without slow critics
         (s, a) and (s', a') pass through the critics as one batch, so that its statistics are those of both [CrossQ]."""
@@ -351,11 +353,12 @@ class OMAD(nn.Module):
         with torch.no_grad():
             discount = self.args.gamma * (1 - batch["terminated"])[:, None]  # [B, 1]
             places = batch["reward"][:, None] + discount * (critic.atoms - alpha * path_cost.sum(1, True))  # [B, Z]
-            target = project(F.softmax(next_logits, -1).mean(0), places, critic.atoms)  # [B, Z]
+            first, second = F.softmax(next_logits, -1)  # [B, Z] each
+            lower = torch.where(((first - second) @ critic.atoms < 0)[:, None], first, second)
+            target = project(lower if self.args.lower_critic else (first + second) / 2, places, critic.atoms)  # [B, Z]
         log_probs = F.log_softmax(logits, -1)
-        probs = log_probs.exp()
-        loss = ((0.005 * probs - target) * log_probs).sum() / len(target)  # [Q, B, Z] -> []
-        value = probs.detach() @ critic.atoms  # [Q, B]
+        loss = ((0.005 * log_probs.exp() - target) * log_probs).sum() / len(target)  # [Q, B, Z] -> []
+        value = log_probs.detach().exp() @ critic.atoms  # [Q, B]
         logs = {"losses/critic": loss.detach(), "diag/value": value.mean()}
         logs["diag/critic_disagreement"] = (value[0] - value[1]).abs().mean()
         logs["diag/target_mass_at_ends"] = (target[:, 0] + target[:, -1]).mean()
@@ -376,9 +379,8 @@ class OMAD(nn.Module):
 
     def temperature_loss(self, path_cost: Tensor) -> tuple[Tensor, dict]:
         """L = alpha (target_cost - E[sum_i C_i]): little noise, a high cost, raises alpha [OMAD alpha]."""
-        alpha = self.log_alpha.exp()
-        loss = alpha * (self.target_cost - path_cost)
-        return loss, {"losses/temperature": loss.detach(), "diag/alpha": alpha.detach()}
+        loss = self.log_alpha.exp() * (self.target_cost - path_cost)
+        return loss, {"losses/temperature": loss.detach(), "diag/alpha": self.log_alpha.detach().exp()}
 
     def update(self, batch: dict, critic_noise: Tensor, policy_noise: Tensor | None = None) -> dict:
         """One update of the critics and, if there is noise for it, of policies and temperature, on the same batch."""
@@ -484,8 +486,7 @@ def train(args: Args, envs: gym.vector.VectorEnv | None = None) -> None:
     run.mkdir(parents=True, exist_ok=bool(args.resume))
     (lock := FileLock(run / ".lock")).acquire(timeout=0)  # keeps other processes out while it is there
     begun = (run / "checkpoint.pt").exists() or (run / "eval.csv").exists()  # else killed before it had saved
-    new = dict(step=0, updates=0, seconds=0.0, evaluations=[], positions=None)
-    saved = load(run / "checkpoint.pt") if begun else new
+    saved = load(run / "checkpoint.pt") if begun else dict(step=0, updates=0, seconds=0.0, evaluations=[], positions=())
     sizes = dict(obs_sizes=env.obs_sizes, action_sizes=env.action_sizes)
     config = dict(format=FORMAT, args=vars(args) | {"resume": ""}) | sizes | versions()
     write(run / "config.json", lambda path: path.write_text(json.dumps(config, indent=2)))
@@ -516,10 +517,9 @@ def train(args: Args, envs: gym.vector.VectorEnv | None = None) -> None:
         # Evaluate and save: at the start, every `eval_every` steps and at the end. A resumed run begins here too.
         if obs is None or step % args.eval_every < args.num_envs or step >= args.total_timesteps:
             if not evaluations or evaluations[-1]["step"] < step:
-                returns, seconds = evaluate(act, eval_envs, mix_seed(args.seed, 1)), time.time() - started
-                mean, std = float(returns.mean()), float(returns.std())
-                row = dict(step=step, wall_time_s=round(seconds, 1), return_mean=mean, return_std=std)
-                evaluations.append(row | dict(episodes=len(returns)))
+                returns, seconds = evaluate(act, eval_envs, mix_seed(args.seed, 1)), round(time.time() - started, 1)
+                mean, std, count = float(returns.mean()), float(returns.std()), len(returns)
+                evaluations += [dict(step=step, wall_time_s=seconds, return_mean=mean, return_std=std, episodes=count)]
                 writer.add_scalar("eval/return_mean", mean, step), writer.add_scalar("eval/return_std", std, step)
                 bar.write(f"eval at step {step:,}: return {mean:.2f} ± {std:.2f}")
             if not all(value.isfinite().all() for value in agent.state_dict().values()):

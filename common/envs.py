@@ -511,9 +511,9 @@ class RecordPositions(gym.vector.VectorWrapper):
     Raises `FloatingPointError` at the first observation or reward that is not finite, before anything learns from it.
     """
 
-    def __init__(self, envs: gym.vector.VectorEnv, before: np.ndarray | None = None):
+    def __init__(self, envs: gym.vector.VectorEnv, before: np.ndarray | tuple = ()):
         super().__init__(envs)
-        self._xy = bytearray() if before is None else bytearray(np.asarray(before, np.float32).tobytes())
+        self._xy = bytearray(np.asarray(before, np.float32).tobytes())
 
     def step(self, actions):
         result = self.env.step(actions)

@@ -484,10 +484,10 @@ def test_padding_never_leaks(kind):
 # --- critic ---
 
 
-@pytest.mark.parametrize("tau", [0.0, 0.005])
-def test_critic_loss_equals_the_equation(tau):
+@pytest.mark.parametrize("tau, lower_critic", [(0.0, False), (0.005, False), (0.0, True)])
+def test_critic_loss_equals_the_equation(tau, lower_critic):
     """The whole critic loss written out with loops, truncation (bootstraps) and termination (does not) mixed."""
-    env, agent = env_and_agent(tau=tau, alpha=0.3, bn_warmup=10)
+    env, agent = env_and_agent(tau=tau, alpha=0.3, bn_warmup=10, random_critics=True, lower_critic=lower_critic)
     batch, noise = random_batch(env), agent.policy.noise(16)
     batch["terminated"][::3] = 1.0
     loss, logs = agent.critic_loss(batch, noise)
@@ -507,7 +507,8 @@ def test_critic_loss_equals_the_equation(tau):
                 alive = 1 - batch["terminated"][b].item()
                 places = batch["reward"][b].item() + 0.9 * alive * (atoms - 0.3 * cost[b])
                 masses = [torch.softmax(after[j, b], -1).double().numpy() for j in range(2)]
-                goal = sum(brute_force_projection([mass], [places], atoms)[0] for mass in masses) / 2
+                masses = [min(masses, key=lambda mass: mass @ atoms)] if lower_critic else masses
+                goal = sum(brute_force_projection([mass], [places], atoms)[0] for mass in masses) / len(masses)
                 want += (-(goal * np.log(probs[b])).sum() + 0.005 * (probs[b] * np.log(probs[b])).sum()) / 16
     assert loss.item() == pytest.approx(want, rel=1e-4) == logs["losses/critic"].item()
     assert not any(value.requires_grad for value in logs.values())  # or every update's graph would stay in memory
