@@ -618,7 +618,7 @@ def parse(argv: list[str]) -> Args:
     words = [part for word in argv for part in word.split("=", 1)]
     given = dict(zip((word.replace("_", "-") for word in words), words[1:]))
     for flag, value in zip(["", *words], words):
-        if value == "" or flag == "" and value[0] != "-":
+        if value == "" and flag in ("--resume", "--evaluate") or flag == "" and value[:1] != "-":
             raise BadInput(f"{flag} needs a value" if flag else f"{value!r} stands without a flag: --dataset {value}?")
     if run := given.get("--resume"):
         default, free = Args(**load(Path(run, "config.json"))["args"]), WITH_RESUME

@@ -38,7 +38,7 @@ FOLDERS = {  # task -> its folder in OMAR's data
     "omar_halfcheetah_2x3": "HalfCheetah-v2",
 }
 NAMES = [f"{task}-{split}" for task in FOLDERS for split in SPLITS]
-NAMES.insert(6, "omar_simple_spread-adaptive")  # of a script: agents that adapt to each other
+NAMES.insert(len(SPLITS), "omar_simple_spread-adaptive")  # of a script: agents that adapt to each other
 SCORES = {  # task -> returns that normalise to 0 and 100: MADiff's for the particle tasks, OMSD's for HalfCheetah
     "omar_simple_spread": (159.8, 516.8),
     "omar_simple_tag": (-4.1, 185.6),

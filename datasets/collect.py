@@ -4,10 +4,11 @@
     python datasets/collect.py --dataset omar_simple_tag-expert --transitions 100000 --seed 3
 
 Splits: `random`, `medium` and `expert` are played by uniformly random actions and by the behaviour policies in
-`datasets/policies/`, `adaptive` (spread only) by a script; `random-medium` and `medium-expert` are the first halves of two of these; `medium-replay` is
-everything that happens in the training run whose policy is the medium one (with `--seed` or `--prey`, in a run of the
-same length), and takes as long as that. The result depends on the arguments, the machine and the packages only, not on
-interruptions: an interrupted command goes on where it was. Layout: `common/datasets.py`.
+`datasets/policies/`, `adaptive` (spread only) by a script; `random-medium` and `medium-expert` are the first halves of
+two of these; `medium-replay` is everything that happens in the training run whose policy is the medium one (with
+`--seed` or `--prey`, in a run of the same length), and takes as long as that. The result depends on the arguments, the
+machine and the packages only, not on interruptions: an interrupted command goes on where it was. Layout:
+`common/datasets.py`.
 """
 
 import dataclasses
@@ -33,7 +34,7 @@ from scripts import noisy, spread
 from writer import Writer
 
 CHUNK = 10_000  # transitions that are played side by side and written together
-NOISE = 0.45  # of `adaptive`: so its mean return is that of OMAR's expert data
+GAIN, NOISE = 4.0, 0.45  # of `adaptive`: so its mean return is that of OMAR's expert data
 SAVE_EVERY = 5.0  # seconds of work that an interruption may cost
 
 
@@ -110,7 +111,7 @@ def play_all(options: Options, writer: Writer, split: str) -> list[dict]:
     for level in split.split("-"):
         half = round(0.5 * writer.transitions / horizon) * horizon
         last = half if "-" in split and not first else writer.transitions
-        about = {"random": "uniform in [-1, 1]", "adaptive": f"scripts.spread, gain 4, noise {NOISE}"}.get(level)
+        about = {"random": "uniform in [-1, 1]", "adaptive": f"scripts.spread, gain {GAIN:g}, noise {NOISE}"}.get(level)
         if not about:
             policy, known = load_behaviour(env_id, level, options.policies)
             players[level] = omad.make_act(policy)
@@ -142,7 +143,7 @@ def scripted(level: str, key: tuple[int, ...], envs: gym.vector.VectorEnv) -> Ac
     """Uniformly random actions; or agents that take the assignment which is cheapest at the moment, with noise."""
     generator = np.random.default_rng(np.random.SeedSequence((*key, 1)))
     if level == "adaptive":
-        return noisy(spread(envs, None, generator, gain=4.0), generator, NOISE)
+        return noisy(spread(envs, None, generator, gain=GAIN), generator, NOISE)
     return lambda obs: generator.uniform(-1.0, 1.0, envs.action_space.shape).astype(np.float32)
 
 

@@ -1,4 +1,4 @@
-"""Scripts that play: what they earn is measured by runs/controllers.py, some of their data is made by assignments.py.
+"""Scripts that play: what they earn is measured by runs/controllers.py, their data by assignments.py and collect.py.
 
 A controller is a function of environments, what they show at the start [E, N, O], and a generator; it makes what acts,
 a function of observations. Scripts see what agents see, but decide for all of them. E environments, N agents, O
@@ -35,7 +35,7 @@ def spread(envs, start: np.ndarray, rng: np.random.Generator, gain: float = 8.0,
 
 
 def noisy(act: Act, rng: np.random.Generator, noise: float, kicks: float = 0.0) -> Act:
-    """With a normal `noise` on its actions, and a share `kicks` of them uniform instead."""
+    """`act`, with normal noise of that standard deviation on its actions, and a share `kicks` of them uniform."""
 
     def blurred(obs: np.ndarray) -> np.ndarray:
         action = act(obs)

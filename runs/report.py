@@ -316,8 +316,8 @@ def verdicts() -> str:
         digits, still = {MPE: 1, DOORS: 2}.get(task, 0), scale[task, "standing still"]
         told = f"{cell(ours, digits)}; standing still {number(still, digits)}"
         told += f", a script {number(scale[task, 'scripted'])}" if task == MPE else ""
-        runs, learns = read(experiment, task, "diffusion"), interval(ours)[0] > still + MARGINS.get(task, 1000)
-        add(f"OMAD learns {name(task)}", "yes" if learns else "no", told, runs, "omad")
+        runs, learns = read(experiment, task, "diffusion"), int(interval(ours)[0] > still + MARGINS.get(task, 1000))
+        add(f"OMAD learns {name(task)}", ["no", "yes"][learns] + ", one seed" * (len(runs) == 1), told, runs, "omad")
         told, runs = f"ablation {cell(ablation, digits)}", read(experiment, task, "gaussian")
         if learns and runs:
             add("… and beats its Gaussian ablation there", word[welch(ours, ablation)], told, runs, "omad")
