@@ -72,6 +72,7 @@ class Args:
     policy_frequency: int = 3  # critic updates per update of the policies and the temperature
     policy_lr: float = 3e-4  # learning rate of the policies
     q_lr: float = 3e-4  # learning rate of the critics
+    lr_decay: bool = False  # let both rates fall to zero along half a cosine [deviation D8]
     policy: Literal["diffusion", "dime", "gaussian"] = "diffusion"  # dime: DIME's chain, made for K = 8; or Gaussians
     denoising_steps: int = 8  # K, steps from noise to action
     last_noise: bool = True  # actions with the noise of the last step; --no-last-noise is meant for --evaluate
@@ -125,9 +126,9 @@ OWN = {  # what else a task has [deviation D1]; in MaMuJoCo a robot, with all it
 
 def preset(env_id: str) -> Args:
     """The defaults of a task. Raises `BadInput` if there is no such task."""
-    falls = find_task(env_id).terminates and env_id.startswith("mamujoco_")
-    name = env_id.rpartition("_")[0] if env_id.startswith("mamujoco_") else env_id
-    return Args(env_id=env_id, lower_critic=falls, **SUITES[env_id.split("_")[0]] | OWN.get(name, {}))
+    robot = env_id.startswith("mamujoco_")
+    falls, name = find_task(env_id).terminates and robot, env_id.rpartition("_")[0] if robot else env_id
+    return Args(env_id=env_id, lower_critic=falls, lr_decay=falls, **SUITES[env_id.split("_")[0]] | OWN.get(name, {}))
 
 
 # 2. Policy ============================================================================================================
@@ -323,8 +324,9 @@ class OMAD(nn.Module):
         start = -0.5 - math.log(2.5 * math.sqrt(2 * math.pi))  # E[log N(x_0; 0, 2.5^2)], which C has and 4 has not
         self.target_cost = (args.target_entropy_scale + start) * sum(env.action_sizes)
         adam = partial(torch.optim.Adam, fused=True, capturable=device.type == "cuda")
-        self.policy_adam = adam(self.policy.parameters(), args.policy_lr, betas=(0.5, 0.999))
-        self.critic_adam = adam(self.critic.parameters(), args.q_lr, betas=(0.5, 0.999))
+        rate = partial(torch.tensor, device=device, dtype=torch.float32 if device.type == "cuda" else torch.float64)
+        self.policy_adam = adam(self.policy.parameters(), rate(args.policy_lr), betas=(0.5, 0.999))
+        self.critic_adam = adam(self.critic.parameters(), rate(args.q_lr), betas=(0.5, 0.999))
         self.alpha_adam = adam([self.log_alpha], args.alpha_lr)
         self.adams = (self.policy_adam, self.critic_adam, self.alpha_adam)
         if args.compile:
@@ -360,9 +362,8 @@ class OMAD(nn.Module):
         loss = ((0.005 * probs - target) * log_probs).sum() / len(target)  # [Q, B, Z] -> []
         value = probs.detach() @ critic.atoms  # [Q, B]
         logs = {"losses/critic": loss.detach(), "diag/value": value.mean()}
-        logs["diag/critic_disagreement"] = (value[0] - value[1]).abs().mean()
-        logs["diag/target_mass_at_ends"] = (target[:, 0] + target[:, -1]).mean()
-        return loss, logs
+        logs |= {"diag/critic_disagreement": (value[0] - value[1]).abs().mean()}
+        return loss, logs | {"diag/target_mass_at_ends": (target[:, 0] + target[:, -1]).mean()}
 
     def policy_loss(self, batch: dict, noise: Tensor) -> tuple[Tensor, dict, Tensor]:
         """One step for all agents at once: L = E[-mean_q E[Z_q(s, a_1..a_N)] + alpha sum_i C_i] [OMAD policies].
@@ -374,8 +375,7 @@ class OMAD(nn.Module):
         path_cost = path_cost.sum(1).mean()  # []
         loss = alpha * path_cost - value.mean()
         logs = {"losses/policy": loss.detach(), "diag/entropy_bound": -path_cost.detach()}
-        logs["diag/action_saturation"] = (action.detach().abs() > 0.99).float().mean()
-        return loss, logs, path_cost.detach()
+        return loss, logs | {"diag/action_saturation": (action.detach().abs() > 0.99).float().mean()}, path_cost
 
     def temperature_loss(self, path_cost: Tensor) -> tuple[Tensor, dict]:
         """L = alpha (target_cost - E[sum_i C_i]): little noise, a high cost, raises alpha [OMAD alpha]."""
@@ -384,8 +384,8 @@ class OMAD(nn.Module):
 
     def update(self, batch: dict, critic_noise: Tensor, policy_noise: Tensor | None = None) -> dict:
         """One update of the critics and, if there is noise for it, of policies and temperature, on the same batch."""
+        self.zero_grad()
         loss, logs = self.critic_loss(batch, critic_noise)
-        self.critic_adam.zero_grad()
         loss.backward()
         self.critic_adam.step()
         if self.slow_critic is not None:
@@ -394,12 +394,10 @@ class OMAD(nn.Module):
         if policy_noise is None:
             return logs
         loss, policy_logs, path_cost = self.policy_loss(batch, policy_noise)
-        self.policy_adam.zero_grad()
         loss.backward(inputs=list(self.policy.parameters()))
         nn.utils.clip_grad_value_(self.policy.parameters(), 1.0)
         self.policy_adam.step()
-        loss, alpha_logs = self.temperature_loss(path_cost)
-        self.alpha_adam.zero_grad()
+        loss, alpha_logs = self.temperature_loss(path_cost.detach())
         loss.backward()
         self.alpha_adam.step()
         return logs | policy_logs | alpha_logs
@@ -511,6 +509,7 @@ def train(args: Args, envs: gym.vector.VectorEnv | None = None) -> None:
             random.set_rng_state(saved["random"])
     print(f"task      {args.env_id}: {find_task(args.env_id).description}; on {device}")
     print(f"logs      {run.resolve()}    (watch: tensorboard --logdir {run.parent})", flush=True)
+    save = lambda name, what: write(run / name, partial(torch.save, what))
     writer, logs, obs, started = SummaryWriter(str(run), purge_step=step + 1), {}, None, time.time() - seconds
     bar = tqdm(total=args.total_timesteps, initial=step, unit=" steps", mininterval=2, file=sys.stdout)
     while True:
@@ -524,16 +523,14 @@ def train(args: Args, envs: gym.vector.VectorEnv | None = None) -> None:
                 bar.write(f"eval at step {step:,}: return {mean:.2f} ± {std:.2f}")
             if not all(value.isfinite().all() for value in agent.state_dict().values()):
                 raise FloatingPointError(f"step {step}: the networks have diverged")  # the last good checkpoint stays
-            policy = config | dict(policy=agent.policy.state_dict()) | evaluations[-1]
-            checkpoint = lambda: dict(  # made when it is written, because it copies the replay
+            save("policy.pt", config | dict(policy=agent.policy.state_dict()) | evaluations[-1])
+            save("checkpoint.pt", dict(
                 format=FORMAT, step=step, updates=updates, seconds=seconds, evaluations=evaluations,
                 agent=agent.state_dict(), adams=[adam.state_dict()["state"] for adam in agent.adams],
                 added=replay.added, replay=replay.table[: replay.added].clone(), random=random.get_rng_state(),
                 positions=torch.tensor(envs.positions),
-            )  # fmt: skip
+            ))  # fmt: skip
             table = [",".join(evaluations[0]), *(",".join(map(str, row.values())) for row in evaluations)]
-            write(run / "policy.pt", lambda path: torch.save(policy, path))
-            write(run / "checkpoint.pt", lambda path: torch.save(checkpoint(), path))
             if len(envs.positions):
                 write(run / "torso_xy.npy", lambda path: np.save(path, envs.positions))
             write(run / "eval.csv", lambda path: path.write_text("\n".join([*table, ""])))
@@ -546,6 +543,9 @@ def train(args: Args, envs: gym.vector.VectorEnv | None = None) -> None:
         action = act(obs) if step >= args.learning_starts else uniform()
         # Learn from what is stored by now: a GPU does it while the environments step.
         if step > args.learning_starts:
+            decay = (1 + math.cos(math.pi * step / args.total_timesteps)) / 2 if args.lr_decay else 1.0
+            for adam, rate in zip(agent.adams, (args.policy_lr, args.q_lr)):  # [deviation D8]
+                adam.param_groups[0]["lr"].fill_(rate * decay)
             for _ in range(round(args.updates_per_step * args.num_envs)):
                 updates += 1
                 index = torch.randint(min(replay.added, len(replay.table)), (args.batch_size,), device=device)

@@ -349,7 +349,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "omad-entropy": lambda: plain("entropy", {"task": "{env_id}", "policy": "{policy}", "seed": "{seed:.0f}",
                                               "bound": "{bound:.1f}", "entropy": "{entropy:.1f}"}),
     "omad-doors": lambda: online("doors", DOORS), "omad-robots": lambda: online("robots", CHEETAH, WALKER, ANT),
-    "omad-chain": lambda: compared("chain", {CHEETAH: ("robots", 30_000), WALKER: ("robots", 50_000)}),
+    "omad-chain": lambda: compared("chain", {CHEETAH: ("robots", 30_000), WALKER: ("robots", 135_000)}),
     "omad-ablations": lambda: compared("ablations", {CHEETAH: ("robots", 30_000), MPE: ("spread", 200_000)}),
     "omad-scripts": lambda: plain("controllers", CONTROLLER | {"episodes": "{episodes:,.0f}"},
                                   lambda row: not row["task"].startswith("omar")),

@@ -156,6 +156,27 @@ def test_a_run_killed_again_and_again_is_the_uninterrupted_one(program, start, m
     assert videos == [whole / "videos", run / "videos"]  # it is still wanted
 
 
+@pytest.mark.parametrize("decay", [True, False])
+def test_learning_rates_fall_along_half_a_cosine(decay, program, monkeypatch):
+    rates, learner = [], omad.OMAD if program.name == "omad" else dom2.DOM2
+    update = learner.update
+
+    def spy(self, *drawn):
+        rates.append([adam.param_groups[0]["lr"].item() for adam in (self.policy_adam, self.critic_adam)])
+        before = [p.clone() for p in self.critic.parameters()]
+        logs = update(self, *drawn)
+        moved = max((p - q).abs().max().item() for p, q in zip(self.critic.parameters(), before))
+        assert 0.1 < moved / rates[-1][1] < 10  # the optimiser does use them
+        return logs
+
+    monkeypatch.setattr(learner, "update", spy)
+    word = "--lr-decay" if decay else "--no-lr-decay"
+    code, _, err = program.call(*program.flags, "--policy-lr", 0.01, "--q-lr", 0.02, word)
+    steps = np.arange(84, 400, 4) if program.name == "omad" else np.arange(40)  # OMAD updates once in four steps
+    shares = (1 + np.cos(np.pi * steps / program.length)) / 2 if decay else np.ones(len(steps))
+    assert code == 0 and np.array(rates) == pytest.approx(np.outer(shares, [0.01, 0.02])), err
+
+
 def test_a_finished_run_can_be_made_longer(program):
     """And is what it would have been, also if its last step went beyond its total: four environments step at once."""
     length = program.length + 2 * program.every

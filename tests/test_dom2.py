@@ -726,25 +726,6 @@ def test_shifted_tasks_and_other_solvers_in_an_evaluation(cli, tmp_path):
         assert code == 2 and reason in err and len(err.splitlines()) == 1 and not out
 
 
-@pytest.mark.parametrize("decay", [True, False])
-def test_learning_rates_fall_along_half_a_cosine(decay, cli, monkeypatch):
-    rates, update = [], dom2.DOM2.update
-
-    def spy(self, *drawn):
-        rates.append([adam.param_groups[0]["lr"].item() for adam in (self.policy_adam, self.critic_adam)])
-        before = [p.clone() for p in self.critic.parameters()]
-        logs = update(self, *drawn)
-        moved = max((p - q).abs().max().item() for p, q in zip(self.critic.parameters(), before))
-        assert 0.1 < moved / rates[-1][1] < 10  # the optimiser does use them
-        return logs
-
-    monkeypatch.setattr(dom2.DOM2, "update", spy)
-    flags = [] if decay else ["--no-lr-decay"]
-    code, _, err = cli("--dataset", "omar_simple_spread-random", *SHORT, "--policy-lr", 0.01, "--q-lr", 0.02, *flags)
-    shares = [(1 + math.cos(math.pi * k / 8)) / 2 if decay else 1.0 for k in range(8)]
-    assert code == 0 and np.array(rates) == pytest.approx(np.outer(shares, [0.01, 0.02])), err
-
-
 def test_data_that_are_missing_are_made(cli, tmp_path, monkeypatch):
     calls = []
     run = lambda command, **_: calls.append(command) or SimpleNamespace(returncode=1)

@@ -15,8 +15,9 @@ sys.path.insert(0, str(ROOT / "runs"))
 import campaign
 
 
-def test_robots_that_fall_learn_from_the_lower_critic():
-    falls = [env_id for env_id in list_tasks() if omad.preset(env_id).lower_critic]
+@pytest.mark.parametrize("name", ["lower_critic", "lr_decay"])
+def test_what_robots_that_fall_have(name):
+    falls = [env_id for env_id in list_tasks() if getattr(omad.preset(env_id), name)]
     assert falls == [env_id for env_id in list_tasks() if env_id[:8] == "mamujoco" and find_task(env_id).terminates]
     assert {env_id.split("_")[1] for env_id in falls} >= {"ant", "walker2d", "hopper", "humanoid", "manysegmentant"}
 
