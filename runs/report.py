@@ -173,9 +173,8 @@ def made(runs: list[Result]) -> str:
     """What the cells are, and the hardware and dates of the runs."""
     days = sorted(re.sub(r"(....)(..)(..)", r"\1-\2-\3", run.folder.split("__")[3][:8]) for run in runs)
     machines = sorted({re.sub("x86_64, 2 cores(, no GPU)?", CPU, run.config.get("machine", CPU)) for run in runs})
-    when = " to ".join(dict.fromkeys((days[0], days[-1])))
     what = "Interquartile mean [95 % interval; of up to four seeds the lowest and the highest] (seeds)"
-    return f"*{what}. {'; '.join(machines)}; {when}.*"
+    return f"*{what}. {'; '.join(machines)}; {' to '.join(dict.fromkeys((days[0], days[-1])))}.*"
 
 
 minutes = lambda *runs: number(np.mean([run.curve["wall_time_s"][-1] for run in runs]) / 60) if runs else "–"
@@ -189,7 +188,8 @@ def online(experiment: str, *tasks: str) -> str:
     for task, policy, runs in there:
         hits = [(run, np.flatnonzero(run.curve["return_mean"] >= LEVELS.get(task, np.inf))) for run in runs]
         times = [run.curve["wall_time_s"][hit[0]] / 60 for run, hit in hits if len(hit)]
-        reached = f"{len(times)} of {len(runs)}" + (f", after {number(np.median(times))} min" if times else "")
+        reached = f"{len(times)} of {len(runs)}"
+        reached += f", after {number(np.median(times))} min, at most {number(max(times))}" if times else ""
         values = [(run.fresh["usual"], run.curve["return_mean"][-1], run.curve["return_mean"].max()) for run in runs]
         steps, cells = f"{runs[0].curve['step'][-1]:,.0f}", [cell(v, places(task)) for v in np.transpose(values)]
         rows.append([name(task), name(policy), steps, *cells, reached if task in LEVELS else "–", minutes(*runs)])
