@@ -98,13 +98,13 @@ ROBOT = dict(
 CHASE = dict(gamma=0.95, policy_lr=1e-2, cql_weight=16.0, cql_own=True)
 SPREAD, TAG, WORLD, CHEETAH = "omar_simple_spread", "omar_simple_tag", "omar_simple_world", "omar_halfcheetah_2x3"
 TASKS = {SPREAD: dict(gamma=0.9), TAG: CHASE, WORLD: CHASE, CHEETAH: ROBOT}
-# For random, random-medium, medium-replay, medium, medium-expert and expert data: eta, then zeta, then what differs.
+# For random, random-medium, medium-replay, medium, medium-expert, expert (and spread's adaptive) data: eta, then zeta.
 Q_WEIGHTS = {
-    SPREAD: (480.0, 10.0, 10.0, 8.0, 2.0, 1.0), TAG: (4.0, 0.4, 0.4, 0.2, 0.0125, 0.0125),
+    SPREAD: (480.0, 10.0, 10.0, 8.0, 2.0, 1.0, 1.0), TAG: (4.0, 0.4, 0.4, 0.2, 0.0125, 0.0125),
     WORLD: (4.0, 0.4, 0.4, 0.8, 0.0125, 0.0125), CHEETAH: (128.0, 4.0, 4.0, 1.0, 1.0, 2.0),
 }  # fmt: skip
 CQL_WEIGHTS = {
-    SPREAD: (0.5, 0.25, 1.0, 1.0, 2.0, 2.0), TAG: (1.0, *[16.0] * 5), WORLD: (0.25, *[16.0] * 5),
+    SPREAD: (0.5, 0.25, 1.0, 1.0, 2.0, 2.0, 2.0), TAG: (1.0, *[16.0] * 5), WORLD: (0.25, *[16.0] * 5),
     CHEETAH: (32.0, 32.0, 2.0, 8.0, 8.0, 8.0),
 }  # fmt: skip
 OTHERS = {
@@ -121,7 +121,7 @@ def preset(dataset: str, env_id: str = "") -> Args:
     env_id, split = find_env_id(dataset, env_id), dataset.partition("-")[2]
     values = ROBOT if env_id.startswith("mamujoco_") else TASKS.get(env_id, {})
     if not is_folder(dataset):
-        place = SPLITS.index(split)
+        place = (*SPLITS, "adaptive").index(split)
         values = values | dict(q_weight=Q_WEIGHTS[env_id][place], cql_weight=CQL_WEIGHTS[env_id][place])
     return Args(dataset=dataset, **values | OTHERS.get(dataset, {}))
 
@@ -618,7 +618,7 @@ def parse(argv: list[str]) -> Args:
     words = [part for word in argv for part in word.split("=", 1)]
     given = dict(zip((word.replace("_", "-") for word in words), words[1:]))
     for flag, value in zip(["", *words], words):
-        if value == "" or flag == "" and value[0] != "-":
+        if value == "" and flag in ("--resume", "--evaluate") or flag == "" and value[:1] != "-":
             raise BadInput(f"{flag} needs a value" if flag else f"{value!r} stands without a flag: --dataset {value}?")
     if run := given.get("--resume"):
         default, free = Args(**load(Path(run, "config.json"))["args"]), WITH_RESUME

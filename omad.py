@@ -83,7 +83,7 @@ class Args:
     v_min: float = -1000.0  # smallest representable return
     v_max: float = 1000.0  # largest; must exceed the largest discounted return with entropy bonus
     random_critics: bool = False  # start the critics' last layers at random; else at zero [deviation D6]
-    lower_critic: bool = False  # bootstrap from the critic with the lower value; else from the mean of both
+    lower_critic: bool = False  # bootstrap from the critic with the lower value [deviation D7]; else from the mean
     bn_warmup: int = 100_000  # critic updates with plain batch normalisation before renormalisation sets in
     tau: float = 0.0  # averaging rate of slow target critics; 0: none, but a joint forward pass
     alpha: float = 1.0  # start value of the temperature
@@ -114,11 +114,9 @@ OWN = {  # what else a task has [deviation D1]; in MaMuJoCo a robot, with all it
     "omar_halfcheetah_2x3": dict(
         v_min=-500.0, v_max=500.0, total_timesteps=500_000, num_envs=10, updates_per_step=0.1, eval_every=10_000,
         eval_episodes=10, learning_starts=10_000, gamma=0.99, policy_hidden=128, critic_hidden=256, bn_warmup=100_000),
-    **dict.fromkeys(("mamujoco_ant", "mamujoco_walker2d", "mamujoco_hopper"), dict(lower_critic=True)),  # they fall
-    "mamujoco_halfcheetah": dict(v_min=-2000.0, v_max=2000.0),
+    "mamujoco_halfcheetah": dict(v_min=-2000.0, v_max=2000.0), "mamujoco_humanoid": dict(v_min=-1500.0, v_max=1500.0),
     "mamujoco_swimmer": dict(v_min=-50.0, v_max=50.0, alpha=0.1),
     "mamujoco_manysegmentswimmer": dict(v_min=-100.0, v_max=100.0, alpha=0.01),
-    "mamujoco_humanoid": dict(v_min=-1500.0, v_max=1500.0, lower_critic=True),
     "mamujoco_humanoidstandup": dict(v_min=-30000.0, v_max=30000.0),
     "mamujoco_reacher": dict(v_min=-50.0, v_max=50.0, alpha=0.1, eval_every=10_000, total_timesteps=300_000),
     "mamujoco_pusher": dict(v_min=-200.0, v_max=200.0, alpha=0.1, eval_every=10_000, total_timesteps=300_000),
@@ -127,9 +125,9 @@ OWN = {  # what else a task has [deviation D1]; in MaMuJoCo a robot, with all it
 
 def preset(env_id: str) -> Args:
     """The defaults of a task. Raises `BadInput` if there is no such task."""
-    find_task(env_id)
+    falls = find_task(env_id).terminates and env_id.startswith("mamujoco_")
     name = env_id.rpartition("_")[0] if env_id.startswith("mamujoco_") else env_id
-    return Args(env_id=env_id, **SUITES[env_id.split("_")[0]] | OWN.get(name, {}))
+    return Args(env_id=env_id, lower_critic=falls, **SUITES[env_id.split("_")[0]] | OWN.get(name, {}))
 
 
 # 2. Policy ============================================================================================================
@@ -354,8 +352,10 @@ class OMAD(nn.Module):
             discount = self.args.gamma * (1 - batch["terminated"])[:, None]  # [B, 1]
             places = batch["reward"][:, None] + discount * (critic.atoms - alpha * path_cost.sum(1, True))  # [B, Z]
             first, second = F.softmax(next_logits, -1)  # [B, Z] each
-            lower = torch.where(((first - second) @ critic.atoms < 0)[:, None], first, second)
-            target = project(lower if self.args.lower_critic else (first + second) / 2, places, critic.atoms)  # [B, Z]
+            mass = (first + second) / 2
+            if self.args.lower_critic:
+                mass = torch.where(((first - second) @ critic.atoms < 0)[:, None], first, second)
+            target = project(mass, places, critic.atoms)  # [B, Z]
         log_probs = F.log_softmax(logits, -1)
         loss = ((0.005 * log_probs.exp() - target) * log_probs).sum() / len(target)  # [Q, B, Z] -> []
         value = log_probs.detach().exp() @ critic.atoms  # [Q, B]
@@ -614,7 +614,7 @@ def parse(argv: list[str]) -> Args:
     words = [part for word in argv for part in word.split("=", 1)]
     given = dict(zip((word.replace("_", "-") for word in words), words[1:]))
     for flag, value in zip(["", *words], words):
-        if value == "" or flag == "" and value[0] != "-":
+        if value == "" and flag in ("--resume", "--evaluate") or flag == "" and value[:1] != "-":
             raise BadInput(f"{flag} needs a value" if flag else f"{value!r} stands without a flag: --env-id {value}?")
     if run := given.get("--resume"):
         default, free = Args(**load(Path(run, "config.json"))["args"]), WITH_RESUME

@@ -30,13 +30,15 @@ from common.envs import TeamEnv, find_task, make_env, sha256
 
 DATA = Path(__file__).parent.parent / "datasets" / "data"  # where data sets made here go
 FORMAT = "omar-npy-1"  # of card.json
-SPLITS = ("random", "random-medium", "medium-replay", "medium", "medium-expert", "expert")
+SPLITS = ("random", "random-medium", "medium-replay", "medium", "medium-expert", "expert")  # of every task
 FOLDERS = {  # task -> its folder in OMAR's data
     "omar_simple_spread": "simple_spread",
     "omar_simple_tag": "simple_tag",
     "omar_simple_world": "simple_world",
     "omar_halfcheetah_2x3": "HalfCheetah-v2",
 }
+NAMES = [f"{task}-{split}" for task in FOLDERS for split in SPLITS]
+NAMES.insert(len(SPLITS), "omar_simple_spread-adaptive")  # of a script: agents that adapt to each other
 SCORES = {  # task -> returns that normalise to 0 and 100: MADiff's for the particle tasks, OMSD's for HalfCheetah
     "omar_simple_spread": (159.8, 516.8),
     "omar_simple_tag": (-4.1, 185.6),
@@ -139,9 +141,8 @@ def layout(env_id: str) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int
 def split_name(name: str) -> tuple[str, str]:
     """`<task>-<split>` -> task, split. Raises `BadInput` with the near misses."""
     env_id, _, split = name.partition("-")
-    if env_id not in FOLDERS or split not in SPLITS:
-        names = [f"{task}-{part}" for task in FOLDERS for part in SPLITS]
-        near = " or ".join(difflib.get_close_matches(name, names, cutoff=0.4) or ["omar_simple_spread-medium"])
+    if name not in NAMES:
+        near = " or ".join(difflib.get_close_matches(name, NAMES, cutoff=0.4) or ["omar_simple_spread-medium"])
         raise BadInput(f"unknown data set {name!r}; did you mean {near}? A folder on disk is given by its path")
     return env_id, split
 

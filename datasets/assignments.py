@@ -18,9 +18,10 @@ import tyro
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 from common.datasets import DATA
 from common.envs import make_vec
-from scripts import BEST, choose, landmarks, script
+from scripts import BEST, choose, landmarks, noisy, script
 
 TASK, FOLDER = "omar_simple_spread_6", DATA / "simple_spread_6" / "assignments" / "seed_0_data"
+QUANTITIES = ("obs", "acs", "rews", "next_obs", "dones")
 EPISODES = 20_000
 NOISE, KICKS = 0.1, 0.1  # standard deviation that is added to actions; share of actions that are uniform instead
 
@@ -39,11 +40,10 @@ def make_data() -> None:
     rng, envs = np.random.default_rng(0), make_vec(TASK, EPISODES)
     obs, _ = envs.reset(seed=1)
     goal = choose(obs, *landmarks(envs), rng, BEST)
-    rows = {name: [] for name in ("obs", "acs", "rews", "next_obs", "dones")}
+    act = noisy(lambda obs: script(obs, goal), rng, NOISE, KICKS)
+    rows = {name: [] for name in QUANTITIES}
     for step in range(25):
-        action = np.clip(script(obs, goal) + NOISE * rng.standard_normal((EPISODES, 3, 2)), -1, 1)
-        kicked = rng.random((EPISODES, 3, 1)) < KICKS
-        action = np.where(kicked, rng.uniform(-1, 1, action.shape), action).astype(np.float32)
+        action = act(obs)
         next_obs, _, terminated, _, info = envs.step(action)
         values = (obs, action, info["agent_rewards"], next_obs, np.repeat(terminated[:, None], 3, 1))
         for name, value in zip(rows, values):

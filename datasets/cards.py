@@ -16,7 +16,7 @@ import tyro
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from common.datasets import FOLDERS, SPLITS, normalize
+from common.datasets import FOLDERS, NAMES, SPLITS, normalize
 
 HERE = Path(__file__).parent
 M = 10**6
@@ -43,7 +43,7 @@ def numbers(*values: float, between: str) -> str:
 
 def read_cards() -> dict[str, dict]:
     """Of the data sets, by name."""
-    paths = [HERE / "cards" / f"{env_id}-{split}.json" for env_id in FOLDERS for split in SPLITS]
+    paths = [HERE / "cards" / f"{name}.json" for name in NAMES]
     return {path.stem: json.loads(path.read_bytes()) for path in paths if path.exists()}
 
 

@@ -4,10 +4,11 @@
     python datasets/collect.py --dataset omar_simple_tag-expert --transitions 100000 --seed 3
 
 Splits: `random`, `medium` and `expert` are played by uniformly random actions and by the behaviour policies in
-`datasets/policies/`; `random-medium` and `medium-expert` are the first halves of two of these; `medium-replay` is
-everything that happens in the training run whose policy is the medium one (with `--seed` or `--prey`, in a run of the
-same length), and takes as long as that. The result depends on the arguments, the machine and the packages only, not on
-interruptions: an interrupted command goes on where it was. Layout: `common/datasets.py`.
+`datasets/policies/`, `adaptive` (spread only) by a script; `random-medium` and `medium-expert` are the first halves of
+two of these; `medium-replay` is everything that happens in the training run whose policy is the medium one (with
+`--seed` or `--prey`, in a run of the same length), and takes as long as that. The result depends on the arguments, the
+machine and the packages only, not on interruptions: an interrupted command goes on where it was. Layout:
+`common/datasets.py`.
 """
 
 import dataclasses
@@ -29,9 +30,11 @@ import omad
 from behaviour import POLICIES, command, load_behaviour, play
 from common.datasets import DATA, data_folder, layout, split_name
 from common.envs import Act, BadInput, check_options, find_task, make_vec, mix_seed, sha256, versions
+from scripts import noisy, spread
 from writer import Writer
 
 CHUNK = 10_000  # transitions that are played side by side and written together
+GAIN, NOISE = 4.0, 0.45  # of `adaptive`: so its mean return is that of OMAR's expert data
 SAVE_EVERY = 5.0  # seconds of work that an interruption may cost
 
 
@@ -41,7 +44,7 @@ class Options:
 
     dataset: str
     """<task>-<split>: omar_simple_spread, omar_simple_tag, omar_simple_world or omar_halfcheetah_2x3, then random,
-    random-medium, medium-replay, medium, medium-expert or expert"""
+    random-medium, medium-replay, medium, medium-expert or expert; or omar_simple_spread-adaptive"""
     transitions: int = 0
     """how many; 0 is 1,000,000, or for medium-replay the whole training run"""
     seed: int = 0
@@ -108,8 +111,8 @@ def play_all(options: Options, writer: Writer, split: str) -> list[dict]:
     for level in split.split("-"):
         half = round(0.5 * writer.transitions / horizon) * horizon
         last = half if "-" in split and not first else writer.transitions
-        about = "uniform in [-1, 1]"
-        if level != "random":
+        about = {"random": "uniform in [-1, 1]", "adaptive": f"scripts.spread, gain {GAIN:g}, noise {NOISE}"}.get(level)
+        if not about:
             policy, known = load_behaviour(env_id, level, options.policies)
             players[level] = omad.make_act(policy)
             about = {key: known[key] for key in ("command", "seed", "steps", "return", "git_revision", "sha256")}
@@ -123,10 +126,10 @@ def play_all(options: Options, writer: Writer, split: str) -> list[dict]:
         level, part, start, end = chunks[done]
         # A chunk's start states and actions depend on its own place only; two unrelated seeds, lest they correlate. It
         # is always played whole, so that a shorter data set is the beginning of a longer one.
-        key = (options.seed, ("random", "medium", "expert").index(level), part)
+        key = (options.seed, ("random", "medium", "expert", "adaptive").index(level), part)
         seeds = np.random.SeedSequence((*key, 0)).generate_state(envs.num_envs) // 2
         torch.manual_seed(mix_seed(*key, 1))
-        act = random_actions(key, envs) if level == "random" else players[level]
+        act = players[level] if level in players else scripted(level, key, envs)
         play(act, Recorder(envs, writer, start, end), [int(seed) for seed in seeds])
         if time.time() - saved > SAVE_EVERY or done == len(chunks) - 1:
             writer.save(done + 1)
@@ -136,8 +139,11 @@ def play_all(options: Options, writer: Writer, split: str) -> list[dict]:
     return shares
 
 
-def random_actions(key: tuple[int, ...], envs: gym.vector.VectorEnv) -> Act:
+def scripted(level: str, key: tuple[int, ...], envs: gym.vector.VectorEnv) -> Act:
+    """Uniformly random actions; or agents that take the assignment which is cheapest at the moment, with noise."""
     generator = np.random.default_rng(np.random.SeedSequence((*key, 1)))
+    if level == "adaptive":
+        return noisy(spread(envs, None, generator, gain=GAIN), generator, NOISE)
     return lambda obs: generator.uniform(-1.0, 1.0, envs.action_space.shape).astype(np.float32)
 
 

@@ -1,4 +1,4 @@
-"""Scripts that play: what they earn is measured by runs/controllers.py, some of their data is made by assignments.py.
+"""Scripts that play: what they earn is measured by runs/controllers.py, their data by assignments.py and collect.py.
 
 A controller is a function of environments, what they show at the start [E, N, O], and a generator; it makes what acts,
 a function of observations. Scripts see what agents see, but decide for all of them. E environments, N agents, O
@@ -17,18 +17,33 @@ still = lambda envs, start, rng: lambda obs: np.zeros(envs.action_space.shape)
 
 
 def spread(envs, start: np.ndarray, rng: np.random.Generator, gain: float = 8.0, fixed=False) -> Act:
-    """Each to a landmark of its own, so that their ways are shortest in total, or always to the same (`fixed`).
+    """Each to a landmark of its own, so that their ways are now shortest in total, or always to the same (`fixed`).
 
     An observation begins with velocity, position, and the N landmarks' relative positions. OMAR's physics want a gain
     of 16."""
-    n = start.shape[1]
-    orders = np.array(list(itertools.permutations(range(n))))  # [N!, N] landmark of each agent
-    places = lambda obs: obs[..., 4 : 4 + 2 * n].reshape(len(obs), n, n, 2)  # [E, agent, landmark, xy]
-    far = np.linalg.norm(places(start), axis=-1)
-    order = orders[far[:, np.arange(n), orders].sum(-1).argmin(1)]  # [E, N]
-    order = np.broadcast_to(np.arange(n)[::-1], order.shape) if fixed else order
-    goal = lambda obs: places(obs)[np.arange(len(obs))[:, None], np.arange(n), order]  # [E, N, xy]
-    return lambda obs: np.clip(gain * goal(obs) - 2.0 * obs[..., :2], -1, 1)
+
+    def act(obs: np.ndarray) -> np.ndarray:
+        n = obs.shape[1]
+        orders = np.array(list(itertools.permutations(range(n))))  # [N!, N] landmark of each agent
+        places = obs[..., 4 : 4 + 2 * n].reshape(len(obs), n, n, 2)  # [E, agent, landmark, xy]
+        far = np.linalg.norm(places, axis=-1)[:, np.arange(n), orders].sum(-1)  # [E, N!]
+        order = np.arange(n)[None, ::-1] if fixed else orders[far.argmin(1)]  # [E or 1, N]
+        goal = places[np.arange(len(obs))[:, None], np.arange(n), order]  # [E, N, xy]
+        return np.clip(gain * goal - 2.0 * obs[..., :2], -1, 1)
+
+    return act
+
+
+def noisy(act: Act, rng: np.random.Generator, noise: float, kicks: float = 0.0) -> Act:
+    """`act`, with normal noise of that standard deviation on its actions, and a share `kicks` of them uniform."""
+
+    def blurred(obs: np.ndarray) -> np.ndarray:
+        action = act(obs)
+        action = np.clip(action + noise * rng.standard_normal(action.shape), -1, 1)
+        kicked = rng.random((*action.shape[:2], 1)) < kicks
+        return np.where(kicked, rng.uniform(-1, 1, action.shape), action).astype(np.float32)
+
+    return blurred
 
 
 def pursuit(envs, start: np.ndarray, rng: np.random.Generator, count: int, constants=()) -> Act:

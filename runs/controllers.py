@@ -5,8 +5,8 @@
     python runs/controllers.py --port --prey-tag simple_tag.pt --prey-world simple_world.pt
 
     random          uniform actions; standing still: zeros
-    scripted        spread: each agent steers for a landmark of its own, so that their ways are shortest in total; or
-                    always for the same one (fixed assignment). tag, world: for a place of its own around the prey
+    scripted        spread: each agent steers for a landmark of its own, so that their ways are now shortest in total,
+                    or always for the same one (fixed assignment). tag, world: for a place of its own around the prey
     straight        tag, world: at the prey, at full force
     ... way         omar_simple_spread_6: by the assignment with the shortest way
                     in total, or by one of the ten shortest: the same for all, or each agent draws its own

@@ -316,8 +316,8 @@ def verdicts() -> str:
         digits, still = {MPE: 1, DOORS: 2}.get(task, 0), scale[task, "standing still"]
         told = f"{cell(ours, digits)}; standing still {number(still, digits)}"
         told += f", a script {number(scale[task, 'scripted'])}" if task == MPE else ""
-        runs, learns = read(experiment, task, "diffusion"), interval(ours)[0] > still + MARGINS.get(task, 1000)
-        add(f"OMAD learns {name(task)}", "yes" if learns else "no", told, runs, "omad")
+        runs, learns = read(experiment, task, "diffusion"), int(interval(ours)[0] > still + MARGINS.get(task, 1000))
+        add(f"OMAD learns {name(task)}", ["no", "yes"][learns] + ", one seed" * (len(runs) == 1), told, runs, "omad")
         told, runs = f"ablation {cell(ablation, digits)}", read(experiment, task, "gaussian")
         if learns and runs:
             add("… and beats its Gaussian ablation there", word[welch(ours, ablation)], told, runs, "omad")
@@ -459,7 +459,7 @@ def animation() -> list[Image.Image]:
 finished = lambda of: ["runs/results/controllers.csv", *(f"runs/results/{of}/**/*{x}" for x in ("csv", "data.json"))]
 FIGURES: dict[str, tuple[Iterable[str], Callable]] = {  # picture -> the files that it shows, what draws it
     "runs/results/spread.png": (finished("spread"), lambda: curves("spread", MPE)),
-    "runs/results/robots.png": (finished("robots"), lambda: curves("robots", CHEETAH)),
+    "runs/results/robots.png": (finished("robots"), lambda: curves("robots", CHEETAH, WALKER)),
     "runs/results/doors.png": ((f"runs/policies/{DOORS}.pt",), doors_figure),
     "runs/results/offline.png": ([*finished("offline"), "datasets/cards/*.json"], offline_figure),
     "runs/results/shift.png": (finished("offline"), shift_figure),

@@ -3,7 +3,6 @@
 import csv
 import dataclasses
 import importlib.util
-import itertools
 import json
 import math
 import os
@@ -24,7 +23,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import common.envs
 import dom2
 import omad
-from common.datasets import FOLDERS, SPLITS
+from common.datasets import NAMES
 from common.envs import list_tasks, versions
 from conftest import ROOT, SHORT, caller, contents, equal, load, one_line, refusal, rows, wait
 
@@ -380,7 +379,7 @@ def help_entries(call, module, *flags):
 def test_help_shows_the_defaults_of_each_task_or_data_set(program, data):
     flag, names = "--env-id", list_tasks()
     if program.name == "dom2":
-        flag, names = "--dataset", [str(data), *("-".join(pair) for pair in itertools.product(FOLDERS, SPLITS))]
+        flag, names = "--dataset", [str(data), *NAMES]
     seen = set()
     for name in names:
         args = program.module.preset(name)

@@ -51,8 +51,8 @@ def test_spread_takes_the_assignment_with_the_shortest_way(n):
     near = now * 0.02  # forces are not clipped
     act = controllers.spread(None, start, rng)
     for e in range(30):
-        way = lambda order: sum(np.hypot(*start[e, i, 4 + 2 * k : 6 + 2 * k]) for i, k in enumerate(order))
-        best = min(itertools.permutations(range(n)), key=way)  # of the start, whatever they see later
+        way = lambda order: sum(np.hypot(*near[e, i, 4 + 2 * k : 6 + 2 * k]) for i, k in enumerate(order))
+        best = min(itertools.permutations(range(n)), key=way)  # of this moment, whatever they saw at the start
         force = [8 * near[e, i, 4 + 2 * k : 6 + 2 * k] - 2 * near[e, i, :2] for i, k in enumerate(best)]
         np.testing.assert_allclose(act(near)[e], force)
     assert np.abs(act(start)).max() == 1

@@ -19,6 +19,7 @@ import convert
 import gymnasium as gym
 import numpy as np
 import pytest
+import scripts
 import torch
 import tyro
 
@@ -482,6 +483,17 @@ def test_the_card(made, policies):
         "python datasets/collect.py --dataset omar_simple_spread-medium"
     )
     assert json.loads((made("omar_simple_tag-random", 500) / "card.json").read_bytes())["prey"] == "the project's own"
+
+
+def test_adaptive_agents_take_the_assignment_that_is_cheapest_at_the_moment(made):
+    files = arrays(made("omar_simple_spread-adaptive", 10_000))
+    obs, action = (np.stack([files[f"{kind}_{i}"] for i in range(3)], 1) for kind in ("obs", "acs"))
+    script = scripts.spread(None, None, None, gain=4.0)(obs)
+    noise = (action - script)[np.abs(script) < 0.2]
+    assert abs(noise.mean()) < 0.02 and noise.std() == pytest.approx(0.45, abs=0.04)
+    order = np.linalg.norm(obs[24::25, :, 4:10].reshape(400, 3, 3, 2), axis=-1).argmin(-1)  # where they end
+    kinds, counts = np.unique(order[np.sort(order) @ [1, 10, 100] == 210], axis=0, return_counts=True)
+    assert len(kinds) == 6 and counts.min() > 20 and counts.sum() > 300  # each at its own, and all ways about alike
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,17 @@ import pytest
 
 import dom2
 import omad
-from common.envs import list_tasks
+from common.envs import find_task, list_tasks
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "runs"))
 import campaign
+
+
+def test_robots_that_fall_learn_from_the_lower_critic():
+    falls = [env_id for env_id in list_tasks() if omad.preset(env_id).lower_critic]
+    assert falls == [env_id for env_id in list_tasks() if env_id[:8] == "mamujoco" and find_task(env_id).terminates]
+    assert {env_id.split("_")[1] for env_id in falls} >= {"ant", "walker2d", "hopper", "humanoid", "manysegmentant"}
 
 
 @pytest.mark.parametrize(
