@@ -356,9 +356,9 @@ class OMAD(nn.Module):
             if self.args.lower_critic:
                 mass = torch.where(((first - second) @ critic.atoms < 0)[:, None], first, second)
             target = project(mass, places, critic.atoms)  # [B, Z]
-        log_probs = F.log_softmax(logits, -1)
-        loss = ((0.005 * log_probs.exp() - target) * log_probs).sum() / len(target)  # [Q, B, Z] -> []
-        value = log_probs.detach().exp() @ critic.atoms  # [Q, B]
+        probs = (log_probs := F.log_softmax(logits, -1)).exp()
+        loss = ((0.005 * probs - target) * log_probs).sum() / len(target)  # [Q, B, Z] -> []
+        value = probs.detach() @ critic.atoms  # [Q, B]
         logs = {"losses/critic": loss.detach(), "diag/value": value.mean()}
         logs["diag/critic_disagreement"] = (value[0] - value[1]).abs().mean()
         logs["diag/target_mass_at_ends"] = (target[:, 0] + target[:, -1]).mean()

@@ -21,7 +21,6 @@ from common.envs import make_vec
 from scripts import BEST, choose, landmarks, noisy, script
 
 TASK, FOLDER = "omar_simple_spread_6", DATA / "simple_spread_6" / "assignments" / "seed_0_data"
-QUANTITIES = ("obs", "acs", "rews", "next_obs", "dones")
 EPISODES = 20_000
 NOISE, KICKS = 0.1, 0.1  # standard deviation that is added to actions; share of actions that are uniform instead
 
@@ -41,7 +40,7 @@ def make_data() -> None:
     obs, _ = envs.reset(seed=1)
     goal = choose(obs, *landmarks(envs), rng, BEST)
     act = noisy(lambda obs: script(obs, goal), rng, NOISE, KICKS)
-    rows = {name: [] for name in QUANTITIES}
+    rows = {name: [] for name in ("obs", "acs", "rews", "next_obs", "dones")}
     for step in range(25):
         action = act(obs)
         next_obs, _, terminated, _, info = envs.step(action)
