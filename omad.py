@@ -94,7 +94,7 @@ class Args:
 
 # [deviation D1] MPE presets suit a laptop CPU: small networks, fewer updates, support and discount of 25-step episodes.
 MPE = dict(
-    total_timesteps=200_000, num_envs=16, eval_every=10_000, eval_episodes=100, learning_starts=2_000, gamma=0.95,
+    total_timesteps=200_000, num_envs=16, eval_every=5_000, eval_episodes=100, learning_starts=2_000, gamma=0.95,
     updates_per_step=0.125, policy_lr=1e-3, q_lr=1e-3, denoising_steps=4, policy_hidden=64, critic_hidden=128,
     v_min=-30.0, v_max=10.0, bn_warmup=5_000, alpha=0.005,
 )  # fmt: skip
