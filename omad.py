@@ -375,7 +375,7 @@ class OMAD(nn.Module):
         path_cost = path_cost.sum(1).mean()  # []
         loss = alpha * path_cost - value.mean()
         logs = {"losses/policy": loss.detach(), "diag/entropy_bound": -path_cost.detach()}
-        return loss, logs | {"diag/action_saturation": (action.detach().abs() > 0.99).float().mean()}, path_cost
+        return loss, logs | {"diag/action_saturation": (action.abs() > 0.99).float().mean()}, path_cost.detach()
 
     def temperature_loss(self, path_cost: Tensor) -> tuple[Tensor, dict]:
         """L = alpha (target_cost - E[sum_i C_i]): little noise, a high cost, raises alpha [OMAD alpha]."""
@@ -397,7 +397,7 @@ class OMAD(nn.Module):
         loss.backward(inputs=list(self.policy.parameters()))
         nn.utils.clip_grad_value_(self.policy.parameters(), 1.0)
         self.policy_adam.step()
-        loss, alpha_logs = self.temperature_loss(path_cost.detach())
+        loss, alpha_logs = self.temperature_loss(path_cost)
         loss.backward()
         self.alpha_adam.step()
         return logs | policy_logs | alpha_logs
