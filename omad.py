@@ -72,7 +72,7 @@ class Args:
     policy_frequency: int = 3  # critic updates per update of the policies and the temperature
     policy_lr: float = 3e-4  # learning rate of the policies
     q_lr: float = 3e-4  # learning rate of the critics
-    lr_decay: bool = False  # let both rates fall to zero along half a cosine [deviation D8]
+    lr_decay: bool = False  # let policy_lr and q_lr fall to zero along half a cosine [deviation D8]
     policy: Literal["diffusion", "dime", "gaussian"] = "diffusion"  # dime: DIME's chain, made for K = 8; or Gaussians
     denoising_steps: int = 8  # K, steps from noise to action
     last_noise: bool = True  # actions with the noise of the last step; --no-last-noise is meant for --evaluate
@@ -126,8 +126,8 @@ OWN = {  # what else a task has [deviation D1]; in MaMuJoCo a robot, with all it
 
 def preset(env_id: str) -> Args:
     """The defaults of a task. Raises `BadInput` if there is no such task."""
-    robot = env_id.startswith("mamujoco_")
-    falls, name = find_task(env_id).terminates and robot, env_id.rpartition("_")[0] if robot else env_id
+    name = env_id.rpartition("_")[0] if env_id.startswith("mamujoco_") else env_id
+    falls = find_task(env_id).terminates and name != env_id  # a robot that can [deviations D7, D8]
     return Args(env_id=env_id, lower_critic=falls, lr_decay=falls, **SUITES[env_id.split("_")[0]] | OWN.get(name, {}))
 
 
@@ -323,7 +323,7 @@ class OMAD(nn.Module):
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha), device=device))
         start = -0.5 - math.log(2.5 * math.sqrt(2 * math.pi))  # E[log N(x_0; 0, 2.5^2)], which C has and 4 has not
         self.target_cost = (args.target_entropy_scale + start) * sum(env.action_sizes)
-        adam = partial(torch.optim.Adam, fused=True, capturable=device.type == "cuda")
+        adam = partial(torch.optim.Adam, fused=True, capturable=device.type == "cuda")  # rates: a graph reads tensors
         rate = partial(torch.tensor, device=device, dtype=torch.float32 if device.type == "cuda" else torch.float64)
         self.policy_adam = adam(self.policy.parameters(), rate(args.policy_lr), betas=(0.5, 0.999))
         self.critic_adam = adam(self.critic.parameters(), rate(args.q_lr), betas=(0.5, 0.999))
@@ -544,7 +544,7 @@ def train(args: Args, envs: gym.vector.VectorEnv | None = None) -> None:
         # Learn from what is stored by now: a GPU does it while the environments step.
         if step > args.learning_starts:
             decay = (1 + math.cos(math.pi * step / args.total_timesteps)) / 2 if args.lr_decay else 1.0
-            for adam, rate in zip(agent.adams, (args.policy_lr, args.q_lr)):  # [deviation D8]
+            for adam, rate in zip(agent.adams[:2], (args.policy_lr, args.q_lr)):  # [deviation D8]
                 adam.param_groups[0]["lr"].fill_(rate * decay)
             for _ in range(round(args.updates_per_step * args.num_envs)):
                 updates += 1

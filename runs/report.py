@@ -188,8 +188,8 @@ def online(experiment: str, *tasks: str) -> str:
     for task, policy, runs in there:
         hits = [(run, np.flatnonzero(run.curve["return_mean"] >= LEVELS.get(task, np.inf))) for run in runs]
         times = [run.curve["wall_time_s"][hit[0]] / 60 for run, hit in hits if len(hit)]
-        reached = f"{len(times)} of {len(runs)}"
-        reached += f", after {number(np.median(times))} min, at most {number(max(times))}" if times else ""
+        reached = f"{len(times)} of {len(runs)}" + (f", after {number(np.median(times))} min" if times else "")
+        reached += f", at most {number(max(times))}" if len(times) > 1 else ""
         values = [(run.fresh["usual"], run.curve["return_mean"][-1], run.curve["return_mean"].max()) for run in runs]
         steps, cells = f"{runs[0].curve['step'][-1]:,.0f}", [cell(v, places(task)) for v in np.transpose(values)]
         rows.append([name(task), name(policy), steps, *cells, reached if task in LEVELS else "–", minutes(*runs)])

@@ -178,7 +178,8 @@ def test_learning_rates_fall_along_half_a_cosine(decay, program, monkeypatch):
 
 
 def test_a_finished_run_can_be_made_longer(program):
-    """And is what it would have been, also if its last step went beyond its total: four environments step at once."""
+    """And is what it would have been with constant rates, also if its last step went beyond its total, for four
+    environments step at once."""
     length = program.length + 2 * program.every
     flags = [*program.flags, *(["--no-lr-decay"] if program.name == "dom2" else [])]
     assert program.call(*flags, program.total, length)[0] == 0
