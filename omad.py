@@ -362,7 +362,7 @@ class OMAD(nn.Module):
         loss = ((0.005 * probs - target) * log_probs).sum() / len(target)  # [Q, B, Z] -> []
         value = probs.detach() @ critic.atoms  # [Q, B]
         logs = {"losses/critic": loss.detach(), "diag/value": value.mean()}
-        logs |= {"diag/critic_disagreement": (value[0] - value[1]).abs().mean()}
+        logs["diag/critic_disagreement"] = (value[0] - value[1]).abs().mean()
         return loss, logs | {"diag/target_mass_at_ends": (target[:, 0] + target[:, -1]).mean()}
 
     def policy_loss(self, batch: dict, noise: Tensor) -> tuple[Tensor, dict, Tensor]:
@@ -543,8 +543,8 @@ def train(args: Args, envs: gym.vector.VectorEnv | None = None) -> None:
         action = act(obs) if step >= args.learning_starts else uniform()
         # Learn from what is stored by now: a GPU does it while the environments step.
         if step > args.learning_starts:
-            decay = (1 + math.cos(math.pi * step / args.total_timesteps)) / 2 if args.lr_decay else 1.0
-            for adam, rate in zip(agent.adams[:2], (args.policy_lr, args.q_lr)):  # [deviation D8]
+            decay = (1 + math.cos(math.pi * step / args.total_timesteps)) / 2  # [deviation D8]
+            for adam, rate in zip(agent.adams[:2], (args.policy_lr, args.q_lr)) if args.lr_decay else ():
                 adam.param_groups[0]["lr"].fill_(rate * decay)
             for _ in range(round(args.updates_per_step * args.num_envs)):
                 updates += 1

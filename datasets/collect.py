@@ -35,6 +35,9 @@ from writer import Writer
 
 CHUNK = 10_000  # transitions that are played side by side and written together
 GAIN, NOISE = 4.0, 0.45  # of `adaptive`: so its mean return is that of OMAR's expert data
+LEVELS = {  # who plays, in an order that seeds know; what a card says of it, or nothing of a behaviour policy
+    "random": "uniform in [-1, 1]", "medium": "", "expert": "", "adaptive": f"scripts.spread, gain {GAIN:g}, noise {NOISE}"
+}  # fmt: skip
 SAVE_EVERY = 5.0  # seconds of work that an interruption may cost
 
 
@@ -111,7 +114,7 @@ def play_all(options: Options, writer: Writer, split: str) -> list[dict]:
     for level in split.split("-"):
         half = round(0.5 * writer.transitions / horizon) * horizon
         last = half if "-" in split and not first else writer.transitions
-        about = {"random": "uniform in [-1, 1]", "adaptive": f"scripts.spread, gain {GAIN:g}, noise {NOISE}"}.get(level)
+        about = LEVELS[level]
         if not about:
             policy, known = load_behaviour(env_id, level, options.policies)
             players[level] = omad.make_act(policy)
@@ -126,7 +129,7 @@ def play_all(options: Options, writer: Writer, split: str) -> list[dict]:
         level, part, start, end = chunks[done]
         # A chunk's start states and actions depend on its own place only; two unrelated seeds, lest they correlate. It
         # is always played whole, so that a shorter data set is the beginning of a longer one.
-        key = (options.seed, ("random", "medium", "expert", "adaptive").index(level), part)
+        key = (options.seed, list(LEVELS).index(level), part)
         seeds = np.random.SeedSequence((*key, 0)).generate_state(envs.num_envs) // 2
         torch.manual_seed(mix_seed(*key, 1))
         act = players[level] if level in players else scripted(level, key, envs)

@@ -268,7 +268,6 @@ def test_a_captured_update_reads_the_learning_rates_of_the_moment(program, devic
     learner = Learner(program, {}, device, captured=True)
     for _ in range(12):
         learner.step()
-    captured = learner.runs
     for network, adam in zip((learner.agent.policy, learner.agent.critic), learner.agent.adams):
         usual, moved = adam.param_groups[0]["lr"].item(), []
         for share in (1.0, 0.01, 0.0):
@@ -277,7 +276,8 @@ def test_a_captured_update_reads_the_learning_rates_of_the_moment(program, devic
             for _ in range(3):  # OMAD's policies learn in every third update
                 learner.step()
             moved.append(max((p - q).abs().max().item() for p, q in zip(network.parameters(), before)))
-        assert moved[0] > 10 * moved[1] > 0 and moved[2] == 0 and learner.runs == captured
+        assert moved[0] > 10 * moved[1] > 0 and moved[2] == 0
+        assert learner.runs == (8 if program is omad else 4)
 
 
 @variants
