@@ -74,11 +74,11 @@ class Args:
     lr_decay: bool = True  # let both rates fall to zero along half a cosine, so that a run ends quietly
     grad_clip: float = 10.0  # bound on the norm of each agent's gradient
     policy: Literal["diffusion", "deterministic"] = "diffusion"  # the method; or the baseline MA-CQL, same critics
-    network: Literal["unet", "mlp"] = "unet"  # noise prediction: a residual U-Net with skips, or three layers
     policy_hidden: int = 32  # H, width of each agent's network; layers that see the observation have 128 or more
     solver_steps: int = 5  # K, steps from noise to action
+    time_power: float = 1.0  # p, noise times are 0.001 + 0.999 u^p with u even: above 1 more of them lie near the data
+    act_noise: float = 1.0  # standard deviation of the noise from which policies act; they learn from 1
     q_weight: float = 1.0  # eta, weight of the critic's gradient against imitation; 0: imitation only, no critics
-    q_scale: Literal["spread", "mean"] = "spread"  # eta's unit: how Q varies over actions, or the paper's mean |Q|
     critic_hidden: int = 64  # width of each critic
     cql_weight: float = 1.0  # zeta, weight of the pessimism about actions outside the data
     cql_actions: int = 10  # M, uniform actions per state in the CQL term
@@ -88,27 +88,29 @@ class Args:
     reweight: bool = True  # sample good trajectories more often
     thresholds: int = 3  # a trajectory counts once, and once more for each of these returns that it reaches
     top_quantile: float = 0.98  # quantile of the returns at the highest threshold; the lowest is their mean
+    without: str = ""  # deviations in whose place the paper's form stands, as E1,E6
+
+    def has(self, deviation: str) -> bool:
+        return deviation not in self.without.split(",")
 
 
 # Presets by task, for data from elsewhere; data sets with a name have more below. From a search: runs/dom2.md.
+NAVIGATION = dict(gamma=0.9, policy_lr=3e-3, q_lr=1e-2, q_weight=8.0, cql_weight=0.25, time_power=2.0, act_noise=0.5)
+CHASE = dict(gamma=0.95, policy_lr=1e-2, cql_weight=16.0, cql_own=True)
 ROBOT = dict(
     gamma=0.99, tau=0.005, q_lr=1e-3, total_updates=3_000, eval_episodes=10, cql_own=True, cql_weight=8.0,
     policy_hidden=64, critic_hidden=64,
 )  # fmt: skip
-CHASE = dict(gamma=0.95, policy_lr=1e-2, cql_weight=16.0, cql_own=True)
 SPREAD, TAG, WORLD, CHEETAH = "omar_simple_spread", "omar_simple_tag", "omar_simple_world", "omar_halfcheetah_2x3"
-TASKS = {SPREAD: dict(gamma=0.9), TAG: CHASE, WORLD: CHASE, CHEETAH: ROBOT}
-# For random, random-medium, medium-replay, medium, medium-expert, expert (and spread's adaptive) data: eta, then zeta.
-Q_WEIGHTS = {
-    SPREAD: (480.0, 10.0, 10.0, 8.0, 2.0, 1.0, 1.0), TAG: (4.0, 0.4, 0.4, 0.2, 0.0125, 0.0125),
-    WORLD: (4.0, 0.4, 0.4, 0.8, 0.0125, 0.0125), CHEETAH: (128.0, 4.0, 4.0, 1.0, 1.0, 2.0),
-}  # fmt: skip
-CQL_WEIGHTS = {
-    SPREAD: (0.5, 0.25, 1.0, 1.0, 2.0, 2.0, 2.0), TAG: (1.0, *[16.0] * 5), WORLD: (0.25, *[16.0] * 5),
-    CHEETAH: (32.0, 32.0, 2.0, 8.0, 8.0, 8.0),
-}  # fmt: skip
+TASKS = {SPREAD: NAVIGATION, TAG: CHASE, WORLD: CHASE, CHEETAH: ROBOT}
+WEIGHTS = {  # eta and zeta, for random, random-medium, medium-replay, medium, medium-expert and expert data
+    TAG: ((4.0, 1.0), (0.4, 16.0), (0.4, 16.0), (0.2, 16.0), (0.0125, 16.0), (0.0125, 16.0)),
+    WORLD: ((4.0, 0.25), (0.4, 16.0), (0.4, 16.0), (0.8, 16.0), (0.0125, 16.0), (0.0125, 16.0)),
+    CHEETAH: ((128.0, 32.0), (4.0, 32.0), (4.0, 2.0), (1.0, 8.0), (1.0, 8.0), (2.0, 8.0)),
+}
+CROWDED = dict(policy_lr=1e-3, q_lr=3e-3, q_weight=480.0, cql_weight=0.5, time_power=1.0, act_noise=1.0)
 OTHERS = {
-    f"{SPREAD}-random": dict(total_updates=16_000, eval_every=2_000),
+    f"{SPREAD}-random": CROWDED | dict(total_updates=16_000, eval_every=2_000),
     f"{TAG}-random": dict(policy_lr=3e-3, total_updates=8_000),
     f"{WORLD}-random": dict(policy_lr=3e-3, total_updates=8_000, cql_own=False),
     **dict.fromkeys((f"{TAG}-random-medium", f"{TAG}-medium-replay", f"{CHEETAH}-medium"), dict(thresholds=8)),
@@ -120,9 +122,8 @@ def preset(dataset: str, env_id: str = "") -> Args:
     """The defaults of a data set: by its task and, if it has a name, by its split. Raises `BadInput`."""
     env_id, split = find_env_id(dataset, env_id), dataset.partition("-")[2]
     values = ROBOT if env_id.startswith("mamujoco_") else TASKS.get(env_id, {})
-    if not is_folder(dataset):
-        place = (*SPLITS, "adaptive").index(split)
-        values = values | dict(q_weight=Q_WEIGHTS[env_id][place], cql_weight=CQL_WEIGHTS[env_id][place])
+    if env_id in WEIGHTS and not is_folder(dataset):
+        values = values | dict(zip(("q_weight", "cql_weight"), WEIGHTS[env_id][SPLITS.index(split)]))
     return Args(dataset=dataset, **values | OTHERS.get(dataset, {}))
 
 
@@ -173,20 +174,6 @@ class UNet(nn.Module):
         return self.out(self.up2(torch.cat([up1, down2], -1), parts[5]) + down1)
 
 
-class MLP(nn.Module):
-    """Three layers of H on x and the condition: x [N, B, A], condition [N, B, H] -> [N, B, A]."""
-
-    def __init__(self, n: int, a: int, hidden: int):
-        super().__init__()
-        self.widths = [hidden]
-        self.hidden0, self.hidden1 = ParallelLinear(n, a, hidden), ParallelLinear(n, hidden, hidden)
-        self.hidden2, self.out = ParallelLinear(n, hidden, hidden), ParallelLinear(n, hidden, a)
-
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        h = F.silu(self.hidden1(F.silu(self.hidden0(x) + condition)))
-        return self.out(F.silu(self.hidden2(h)))
-
-
 class DiffusionPolicy(nn.Module):
     """N independent diffusion policies pi_j(a_j | o_j): a noise prediction eps_j(x, o_j, t), sampled with a DPM-Solver.
 
@@ -205,12 +192,14 @@ class DiffusionPolicy(nn.Module):
         self.obs1, self.obs2 = ParallelLinear(n, o, wide, torch.tensor(obs_sizes)), ParallelLinear(n, wide, wide)
         self.time, self.join_obs = ParallelLinear(n, 32, 32), ParallelLinear(n, wide, joined)
         self.join_time = ParallelLinear(n, 32, joined)
-        self.network = (UNet if args.network == "unet" else MLP)(n, a, hidden)
+        self.network = UNet(n, a, hidden)
         self.tell = ParallelLinear(n, joined, sum(self.network.widths))
         # Times [K + 1] from 1 to 0.001, finer towards the end [deviation E1]: even ones end far from the data's spread.
-        times = torch.linspace(1.0, 0.1, (steps or args.solver_steps) + 1, dtype=torch.float64) ** 3
+        end, power = (0.1, 3) if args.has("E1") else (0.001, 1)
+        times = torch.linspace(1.0, end, (steps or args.solver_steps) + 1, dtype=torch.float64) ** power
         self.alpha, self.sigma = (scale.tolist() for scale in self.scales(times))
         self.register_buffer("times", times.float(), persistent=False)
+        self.box, self.predicts_v = F.hardtanh if args.has("E2") else nn.Identity(), args.has("E6")
 
     def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """alpha_t and sigma_t."""
@@ -229,17 +218,22 @@ class DiffusionPolicy(nn.Module):
         seen = self.join_obs(F.silu(self.obs2(F.silu(self.obs1(obs)))))  # [N, B, joined]
         return self.tell(F.silu(seen[:, None] + clock).flatten(1, 2)).unflatten(1, (len(t), -1))
 
+    def velocity(self, x: Tensor, condition: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> Tensor:
+        """v = (eps - sigma x) / alpha, [N, B, A]: the network predicts it [deviation E6], or eps as in the paper."""
+        told = self.network(x, condition) * self.action_mask
+        return told if self.predicts_v else (told - sigma * x) / alpha
+
     def forward(self, obs: Tensor, noise: Tensor) -> Tensor:
         """obs [N, B, O], noise as above -> action [N, B, A] in [-1, 1]. A first-order step from s to t [DOM2 solver]:
 
             x_t = (alpha_t / alpha_s) x_s - sigma_t (exp(lambda_t - lambda_s) - 1) eps,   lambda = log(alpha / sigma)
 
-        With eps = sigma_s x_s + alpha_s v, where v is what the network predicts [deviation E6], the action implied is
-        a = alpha_s x_s - sigma_s v, and x_t = alpha_t a + sigma_t eps. So a can be kept in the box [deviation E2]."""
+        As eps = sigma_s x_s + alpha_s v, the action implied is a = alpha_s x_s - sigma_s v, which can be kept in the
+        box [deviation E2], and x_t = alpha_t a + sigma_t eps."""
         x, conditions = noise * self.action_mask, self.condition(obs, self.times[:-1, None]).unbind(1)
         for k, (condition, alpha, sigma) in enumerate(zip(conditions, self.alpha, self.sigma)):
-            v = self.network(x, condition) * self.action_mask
-            action = F.hardtanh(alpha * x - sigma * v)
+            v = self.velocity(x, condition, alpha, sigma)
+            action = self.box(alpha * x - sigma * v)
             ratio = self.sigma[k + 1] / sigma  # eps is (x - alpha a) / sigma
             x = ratio * x + (self.alpha[k + 1] - ratio * alpha) * action
         return F.hardtanh(x)
@@ -345,19 +339,20 @@ class DOM2(nn.Module):
         alike at all times, else they hardly do at those at which the action has to be inferred."""
         alpha, sigma = self.policy.scales(t[..., None])  # [1, B, 1]
         eps, action, condition = eps * self.policy.action_mask, batch["action"], self.policy.condition(batch["obs"], t)
-        v = self.policy.network(alpha * action + sigma * eps, condition.squeeze(1)) * self.policy.action_mask
-        loss = ((alpha * eps - sigma * action - v) ** 2).sum(-1).mean(1).sum()
+        v = self.policy.velocity(alpha * action + sigma * eps, condition.squeeze(1), alpha, sigma)
+        error = (alpha * eps - sigma * action - v) * (1 if self.args.has("E6") else alpha)
+        loss = (error**2).sum(-1).mean(1).sum()
         return loss, {"losses/imitation": loss.detach()}
 
     def value_loss(self, batch: dict, noise: Tensor, spread: Tensor) -> tuple[Tensor, dict]:
         """L = -eta E[min_q Q_q(o, b)] / scale, b from the policy by all solver steps, summed over agents [DOM2 value].
 
-        On part of the batch [deviation E3]. scale is E|Q(o, a)| in the paper; by default how much Q varies over actions
-        [deviation E4], because where returns are large and actions matter little every eta were too small."""
+        On part of the batch [deviation E3]. scale is E|Q(o, a)| in the paper, here how much Q varies over actions
+        [deviation E4]: where returns are large and actions matter little, every eta were too small otherwise."""
         obs = batch["obs"][:, : self.q_rows]
         action = self.policy(obs, noise)
         value, scale = self.critic(obs, action).amin(0), spread  # [N, rows], [N]
-        if self.args.q_scale == "mean":
+        if not self.args.has("E4"):
             scale = self.critic(obs, batch["action"][:, : self.q_rows]).amin(0).abs().mean(-1).detach()
         eta = 1.0 if self.args.policy == "deterministic" else self.args.q_weight  # eta would only change grad_clip
         loss = -(eta * value.mean(-1) / scale.clamp(min=1e-6)).sum()
@@ -371,7 +366,8 @@ class DOM2(nn.Module):
         uniform = (torch.rand(shape, device=device) * 2 - 1) * mask
         if args.policy == "deterministic":
             return [uniform, *(self.policy.noise(b) for _ in range(4))]
-        eps, noise, t = self.policy.noise(b), self.policy.noise(b), 1e-3 + 0.999 * torch.rand(1, b, device=device)
+        eps, noise = self.policy.noise(b), self.policy.noise(b)
+        t = 1e-3 + 0.999 * torch.rand(1, b, device=device) ** args.time_power  # even in the paper [deviation E9]
         return [uniform, noise, t, eps, self.policy.noise(self.q_rows)]
 
     def update(self, batch: dict, uniform: Tensor, next_noise: Tensor, t: Tensor, eps: Tensor, noise: Tensor) -> dict:
@@ -442,8 +438,9 @@ class Data:
         for start in range(0, len(data.obs), 1 << 16):  # so that little more than the table is in memory
             part = slice(start, start + (1 << 16))
             self.table[part] = torch.from_numpy(stack_rows(data, part)).to(device)
-        std, self.obs_mean = torch.std_mean(self.table[..., :o], 0)  # [N, O]
-        self.obs_std = std.clamp(min=1.0)  # nothing is magnified: what varies little in the data may vary more later
+        std, mean = torch.std_mean(self.table[..., :o], 0)  # [N, O]
+        units = mean, std.clamp(min=1.0)  # nothing is magnified: what varies little in the data may vary more later
+        self.obs_mean, self.obs_std = units if args.has("E8") else (torch.zeros_like(mean), torch.ones_like(std))
         for part in (self.table[..., :o], self.table[..., o : 2 * o]):
             part.sub_(self.obs_mean).div_(self.obs_std)
         returns = np.add.reduceat(np.asarray(data.rewards, np.float64), data.episodes[:, 0])  # [trajectories, N]
@@ -461,12 +458,13 @@ class Data:
         named = dict(zip(self.widths, self.table[rows, self.agents].split(list(self.widths.values()), -1)))
         return named | {name: named[name].squeeze(-1) for name in ("reward", "terminated")}
 
-    def set_units(self, agent: DOM2, gamma: float) -> None:
+    def set_units(self, agent: DOM2, args: Args) -> None:
         """Networks count in the units of the data; critics start at what a policy with their mean reward is worth."""
         std, mean = torch.std_mean(self.table[..., -2].T, 1, keepdim=True)  # of the rewards [N, 1]
         for policy, critic in ((agent.policy, agent.critic), (agent.slow_policy, agent.slow_critic)):
             policy.obs_mean.copy_(self.obs_mean), policy.obs_std.copy_(self.obs_std)
-            critic.shift.copy_(mean / max(1 - gamma, 1e-3)), critic.scale.copy_(std.clamp(min=1e-3))
+            if args.has("E7"):
+                critic.shift.copy_(mean / max(1 - args.gamma, 1e-3)), critic.scale.copy_(std.clamp(min=1e-3))
 
 
 def pick_device(name: str) -> torch.device:
@@ -486,7 +484,7 @@ def make_act(policy: nn.Module, args: Args = Args()) -> Callable[[np.ndarray], n
     @torch.no_grad()
     def act(obs: np.ndarray) -> np.ndarray:
         seen = ((torch.from_numpy(obs).to(device) - policy.obs_mean) / policy.obs_std).transpose(0, 1)  # [N, E, O]
-        action = chain(seen, policy.noise(len(obs))).transpose(0, 1).cpu().numpy()
+        action = chain(seen, args.act_noise * policy.noise(len(obs))).transpose(0, 1).cpu().numpy()  # [deviation E10]
         if not np.isfinite(action).all():
             raise FloatingPointError("an action is not finite: the networks have diverged")
         return action
@@ -509,15 +507,15 @@ def train(args: Args) -> None:
     saved = load(run / "checkpoint.pt") if begun else dict(step=0, seconds=0.0, evaluations=[], data=source.checksum)
     if saved["data"] != source.checksum:
         raise BadInput(f"{run}: trained on other data than --dataset {args.dataset} holds now")
-    sizes = dict(env_id=env_id, obs_sizes=env.obs_sizes, action_sizes=env.action_sizes)
-    config = dict(format=FORMAT, args=vars(args) | {"resume": "", "env_id": env_id}) | sizes | versions()
+    config = dict(format=FORMAT, env_id=env_id, obs_sizes=env.obs_sizes, action_sizes=env.action_sizes) | versions()
+    config |= dict(args=vars(args) | {"resume": "", "env_id": env_id}, data_return=float(source.returns.mean()))
     write(run / "config.json", lambda path: path.write_text(json.dumps(config, indent=2)))
     # Build.
     device = pick_device(args.device)
     torch.manual_seed(args.seed)
     agent, data = DOM2(env, args, device), Data(source, env, args, device)
     random = torch.cuda if device.type == "cuda" else torch
-    data.set_units(agent, args.gamma)
+    data.set_units(agent, args)
     learn = lambda rows, *drawn: agent.update(data.sample(rows), *drawn)
     learn, slow = graphed(learn, args.cuda_graph and device.type == "cuda"), agent.slow_policy
     act = make_act(slow, args)  # the averaged policies act
@@ -579,9 +577,10 @@ def train(args: Args) -> None:
 
 
 # 6. Files and command line ============================================================================================
-FORMAT = "dom2-6"  # of policy.pt and checkpoint.pt; raise it when a change makes older files unreadable
+FORMAT = "dom2-7"  # of policy.pt and checkpoint.pt; raise it when a change makes older files unreadable
 WITH_RESUME = set("resume dataset prey total_updates device torch_threads cuda_graph compile capture_video".split())
-WITH_EVALUATE = WITH_RESUME - {"dataset", "total_updates"} | {*"evaluate seed eval_episodes solver_steps shift".split()}
+WITH_EVALUATE = {*"evaluate seed eval_episodes solver_steps act_noise shift".split()}
+WITH_EVALUATE |= WITH_RESUME - {"dataset", "total_updates"}
 
 
 def write(path: Path, dump: Callable[[Path], object]) -> None:
@@ -629,8 +628,8 @@ def parse(argv: list[str]) -> Args:
     args = tyro.cli(Args, args=argv, default=default, prog="dom2.py")
     changed = [name for name, value in vars(default).items() if getattr(args, name) != value and name not in free]
     ranges = (
-        (0, 2**31 - 1, "seed data_seed torch_threads thresholds q_weight cql_weight"),
-        (1, 10**9, "total_updates eval_every eval_episodes batch_size solver_steps"),
+        (0, 2**31 - 1, "seed data_seed torch_threads thresholds q_weight cql_weight act_noise"),
+        (1, 10**9, "total_updates eval_every eval_episodes batch_size solver_steps time_power"),
         (4, 10**6, "policy_hidden critic_hidden cql_actions"),
         (0.0, 1.0, "gamma tau top_quantile"),
         (1e-9, 1.0, "data_fraction q_rows cql_rows"),
@@ -646,6 +645,7 @@ def parse(argv: list[str]) -> Args:
         (args.device != "cuda" or torch.cuda.is_available(), "--device cuda: torch finds no CUDA device here"),
         (args.policy == "diffusion" or args.q_weight, "--policy deterministic needs a --q-weight: it does not imitate"),
         (not args.shift or args.evaluate, "--shift goes with --evaluate: training is on data only"),
+        (set(args.without.split(",")) <= set(",E1,E2,E4,E6,E7,E8".split(",")), "--without: of E1,E2,E4,E6,E7,E8"),
     ):
         if not holds:
             raise BadInput(rule)

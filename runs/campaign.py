@@ -37,6 +37,7 @@ from common.envs import BadInput, find_task, offers_shift
 
 RESULTS = where = ROOT / "runs" / "results"  # the second: where this process looks, see --results
 PROGRAMS = {"omad": omad, "dom2": dom2}
+TRIED = "gamma q_weight cql_weight cql_own thresholds top_quantile critic_hidden policy_lr q_lr time_power act_noise"
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,10 +98,10 @@ class Run:
             times, flag = words.pop(starred[-1]), words.pop(starred[-1] - 1)
             others = [word for i, word in enumerate(words) if i not in starred and i + 1 not in starred]
             words += [flag, f"{vars(program.parse(others))[flag[2:].replace('-', '_')] * float(times[1:]):.6g}"]
-        if self.variant in part.times:  # with as many evaluations
+        if times := part.times.get(re.split("[ -]", self.variant)[0]):  # with as many evaluations
             args = program.parse(words)
             evaluations = math.ceil(args.total_updates / args.eval_every)
-            every = round(part.times[self.variant] * args.total_updates / evaluations)
+            every = round(times * args.total_updates / evaluations)
             words += [self.total, str(every * evaluations), "--eval-every", str(every)]
         return words
 
@@ -178,6 +179,16 @@ def make_data(on: str) -> None:
                 raise RuntimeError((made.stderr.strip() or "the data could not be made").splitlines()[-1])
 
 
+def keep_trial(folder: Path) -> None:
+    """A finished run of the search as a row of search.csv, which says what presets come from."""
+    config, (fresh, *_) = PROGRAMS["dom2"].load(folder / "config.json"), rows_of(folder / "fresh.csv")
+    args, seconds = config["args"], rows_of(folder / "eval.csv")[-1]["wall_time_s"]
+    key = {name: args[name] for name in ("dataset", "policy", *TRIED.split(), "total_updates", "seed")}
+    numbers = {name: fresh[name] for name in ("return_mean", "return_std", "episodes")}
+    with FileLock(where / ".lock"):
+        record(where / "search.csv", key, **numbers, seconds=seconds)
+
+
 def work(run: Run) -> None:
     """The run, or the rest of it, and its fresh episodes. Raises `RuntimeError` with the program's message."""
     os.chdir(ROOT)  # so that config.json has no path of this machine
@@ -200,6 +211,7 @@ def work(run: Run) -> None:
         said = call(program, ["--evaluate", str(folder), *fresh, *flags.split()])
         lines.append(",".join([setting, *re.search(r"return (\S+) ± (\S+) over", said).groups(), str(episodes)]))
     PROGRAMS[program].write(folder / "fresh.csv", lambda path: path.write_text("\n".join([*lines, ""])))
+    keep_trial(folder) if run.experiment == "search" else None
 
 
 def here(todo: list[Run], jobs: int) -> Iterator[list[tuple[Run, str]]]:

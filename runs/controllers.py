@@ -2,7 +2,6 @@
 
     python runs/controllers.py                                  # all tasks: a minute
     python runs/controllers.py --only mpe_simple_spread         # one
-    python runs/controllers.py --port --prey-tag simple_tag.pt --prey-world simple_world.pt
 
     random          uniform actions; standing still: zeros
     scripted        spread: each agent steers for a landmark of its own, so that their ways are now shortest in total,
@@ -12,7 +11,7 @@
                     in total, or by one of the ten shortest: the same for all, or each agent draws its own
 
 Scripts see what agents see, but decide for all of them (on omar_simple_spread_6 they know which landmarks are gone).
-Start states are those of `--evaluate RUN --seed 1000`. Rows go to controllers.csv or omar_port.csv in runs/results/.
+Start states are those of `--evaluate RUN --seed 1000`. Rows go to runs/results/controllers.csv.
 """
 
 import sys
@@ -27,7 +26,7 @@ import tyro
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "datasets")]
 from campaign import RESULTS, record
-from common.envs import BadInput, evaluate, make_env, make_vec, mix_seed
+from common.envs import evaluate, make_vec, mix_seed
 from scripts import BEST, PURSUIT, pursuit, spread, still, uniform, walk
 
 BOTH = {"random": uniform, "standing still": still}
@@ -41,12 +40,6 @@ CONTROLLERS = {
     "omar_simple_spread_6": {"shortest way": partial(walk, best=1), "some good way": partial(walk, best=BEST),
                              "own good way": partial(walk, best=BEST, alone=True)},
 }  # fmt: skip
-THERE = {  # returns of random teams, mean and standard deviation: of OMAR's 40,000 random episodes; measured there
-    "omar_simple_spread": (160.0, 60.0, 156.0, 58.0),
-    "omar_simple_tag": (-4.1, 10.8, -5.3, 8.8),
-    "omar_simple_world": (-6.8, 5.7, -7.1, 5.1),
-}
-PORT_EPISODES, BLOCK = 40_000, 400
 
 
 @dataclass(frozen=True)
@@ -54,9 +47,6 @@ class Options:
     """Returns of controllers that learn nothing."""
 
     only: tuple[Literal[tuple(CONTROLLERS)], ...] = tuple(CONTROLLERS)  # these tasks
-    port: bool = False  # instead: compare random teams with OMAR's environment
-    prey_tag: str = ""  # with --port: OMAR's pretrained_adv_model.pt of simple_tag; else that is not compared
-    prey_world: str = ""  # with --port: that of simple_world
 
 
 def play(env_id: str, controller, episodes: int, seed: int, **options: str) -> np.ndarray:
@@ -79,42 +69,10 @@ def measure(env_id: str) -> None:
             record(RESULTS / "controllers.csv", key, **numbers)
 
 
-def check_port(env_id: str, file: str) -> None:
-    """Rows of omar_port.csv: is `common/omar.py` OMAR's environment? Random teams should score what they score there.
-
-    `apart_se`: how far we are from what was measured there, in standard errors of a difference between two means of 400
-    episodes. `blocks_near`: in how many blocks of 400 the mean is within two of its own standard errors of it.
-    """
-    for prey in dict.fromkeys([file, ""]):  # the project's own too, with which nothing there compares
-        returns = play(env_id, uniform, PORT_EPISODES, 2024, prey=prey)
-        mean, std, blocks = returns.mean(), returns.std(), returns.reshape(-1, BLOCK)
-        numbers = dict(here_mean=mean, here_std=std, here_se=std / PORT_EPISODES**0.5)
-        if prey or env_id not in PURSUIT:
-            numbers |= dict(zip(("data_mean", "data_std", "there_mean", "there_std"), THERE[env_id]))
-            there, there_std = THERE[env_id][2:]
-            apart = (mean - there) / np.hypot(std, there_std) * BLOCK**0.5
-            near = np.abs(blocks.mean(1) - there) < 2 * blocks.std(1) / BLOCK**0.5
-            numbers |= dict(apart_se=apart, blocks_near=near.sum(), blocks=len(near))
-        whose = "omar" if prey else "own" if env_id in PURSUIT else "none"
-        record(RESULTS / "omar_port.csv", dict(task=env_id, prey=whose), **numbers)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0 done, 2 bad input."""
-    options = tyro.cli(Options, args=argv)
-    files = {"omar_simple_spread": "", "omar_simple_tag": options.prey_tag, "omar_simple_world": options.prey_world}
-    try:
-        if any(files.values()) and not options.port:
-            raise BadInput("--prey-tag and --prey-world go with --port")
-        for env_id, file in files.items():
-            make_env(env_id, prey=file)  # says now what is wrong with it
-    except BadInput as error:
-        print(f"controllers.py: error: {error}", file=sys.stderr)
-        return 2
-    for env_id in files if options.port else options.only:
-        check_port(env_id, files[env_id]) if options.port else measure(env_id)
-    return 0
+def main(argv: list[str] | None = None) -> None:
+    for env_id in tyro.cli(Options, args=argv).only:
+        measure(env_id)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -178,7 +178,7 @@ def dom2_steps(env, args: dom2.Args, device: torch.device) -> dict[str, Step]:
 
 
 ONLINE = {"gaussian": dict(policy="gaussian"), "diffusion": {}}
-OFFLINE = {"deterministic": dict(policy="deterministic"), "mlp": dict(network="mlp"), "unet": {}}
+OFFLINE = {"deterministic": dict(policy="deterministic"), "unet": {}}
 PROGRAMS = {  # what makes their steps, how a task is chosen, what K is called, and their networks, the cheapest first
     "omad": (omad, omad_steps, "env_id", "denoising_steps", ONLINE),
     "dom2": (dom2, dom2_steps, "dataset", "solver_steps", OFFLINE),

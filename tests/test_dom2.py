@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 
 
 def args(**values):
-    return dom2.Args(**dict(policy_hidden=16, critic_hidden=32, network="mlp") | values)
+    return dom2.Args(**dict(policy_hidden=16, critic_hidden=32) | values)
 
 
 def team(obs_sizes, action_sizes):
@@ -92,7 +92,7 @@ class Exact(dom2.DiffusionPolicy):
 
     def __init__(self, steps):
         super().__init__([1], [1], args(solver_steps=2), steps)
-        self.double().network = Told(self.velocity)
+        self.double().network = Told(self.exact)
 
     def run(self, noise):
         return self(torch.zeros(1, noise.shape[1], 1).double(), noise)
@@ -100,7 +100,7 @@ class Exact(dom2.DiffusionPolicy):
     def condition(self, obs, t):
         return t[None, :, :, None].expand(1, -1, obs.shape[1], 1)
 
-    def velocity(self, x, t):
+    def exact(self, x, t):
         alpha, sigma = self.scales(t)
         return (self.predict(x, alpha, sigma) - sigma * x) / alpha
 
@@ -184,19 +184,21 @@ def test_conditions_of_all_steps_at_once_are_those_of_each():
     assert (together[:, 0] != together[:, 1]).any() and (together[:, :, 0] != together[:, :, 1]).any()
 
 
-@pytest.mark.parametrize("network", ["mlp", "unet"])
-def test_a_chain_by_hand(network):
-    """The network predicts v at the time of each step, eps = sigma x + alpha v; estimated actions stay in the box."""
-    policy = noisy(make(UNEQUAL, network=network)).policy
+@pytest.mark.parametrize("without", ["", "E1", "E2", "E6"])
+def test_a_chain_by_hand(without):
+    """The network predicts v at the time of each step, eps = sigma x + alpha v; estimated actions stay in the box.
+    Without E1 times are even, without E2 nothing is clipped but the end, without E6 the network predicts eps."""
+    policy = noisy(make(UNEQUAL, without=without)).policy
     obs, noise = torch.randn(3, 7, 6), policy.noise(7)
-    alpha, sigma = policy.scales(torch.linspace(1.0, 0.1, 6) ** 3)
+    times = torch.linspace(1.0, 0.001, 6) if without == "E1" else torch.linspace(1.0, 0.1, 6) ** 3
+    alpha, sigma = policy.scales(times)
     x, clipped = noise * policy.action_mask, 0
-    for k, t in enumerate(torch.linspace(1.0, 0.1, 6)[:5] ** 3):
-        v = policy.network(x, policy.condition(obs, t.expand(1, 7))[:, 0]) * policy.action_mask
-        eps = sigma[k] * x + alpha[k] * v
+    for k, t in enumerate(times[:5]):
+        told = policy.network(x, policy.condition(obs, t.expand(1, 7))[:, 0]) * policy.action_mask
+        eps = told if without == "E6" else sigma[k] * x + alpha[k] * told
         action = (x - sigma[k] * eps) / alpha[k]
         clipped += (action.abs() > 1).sum()
-        action = action.clamp(-1, 1)
+        action = action if without == "E2" else action.clamp(-1, 1)
         x = alpha[k + 1] * action + sigma[k + 1] * (x - alpha[k] * action) / sigma[k]
     assert clipped > 50
     torch.testing.assert_close(policy(obs, noise), x.clamp(-1, 1), rtol=1e-3, atol=1e-3)
@@ -224,16 +226,19 @@ def test_blocks_of_the_u_net_are_residual_and_told_the_condition_each():
 # --- imitation and the critic's gradient ---
 
 
-def test_the_imitation_loss_by_hand():
-    """The error of the noise predicted over alpha, squared; agents are added, padding is not."""
-    agent, batch = noisy(make(UNEQUAL)), random_batch(UNEQUAL, 5)
+@pytest.mark.parametrize("without", ["", "E6"])
+def test_the_imitation_loss_by_hand(without):
+    """The error of the noise predicted over alpha, squared; agents are added, padding is not. Without E6 the network
+    predicts the noise, and its error counts as it is."""
+    agent, batch = noisy(make(UNEQUAL, without=without)), random_batch(UNEQUAL, 5)
     t, eps = 0.5 * torch.rand(1, 5), torch.randn(3, 5, 3)
     mask, policy = torch.from_numpy(UNEQUAL.action_mask).float()[:, None], agent.policy
     loss, logs = agent.imitation_loss(batch, t, eps)
     torch.testing.assert_close(agent.imitation_loss(batch, t, eps + 5 * (1 - mask))[0], loss)  # noise of padding
     alpha, sigma = policy.scales(t[..., None])
-    v = policy.network(alpha * batch["action"] + sigma * eps * mask, policy.condition(batch["obs"], t)[:, 0])
-    error = ((eps - (sigma * (alpha * batch["action"] + sigma * eps) + alpha * v)) / alpha) ** 2  # of the noise
+    told = policy.network(alpha * batch["action"] + sigma * eps * mask, policy.condition(batch["obs"], t)[:, 0])
+    noise = told if without else sigma * (alpha * batch["action"] + sigma * eps) + alpha * told
+    error = ((eps - noise) / (1 if without else alpha)) ** 2
     want = sum(error[j, :, :size].sum(-1).mean() for j, size in enumerate(UNEQUAL.action_sizes))
     torch.testing.assert_close(loss, want, rtol=1e-4, atol=1e-4)
     assert logs["losses/imitation"] == loss
@@ -267,10 +272,9 @@ def fit(agent, updates, critic=None):
         return agent.policy(torch.zeros(1, 4000, 1), agent.policy.noise(4000)).flatten().numpy()
 
 
-@pytest.mark.parametrize("network", ["mlp", "unet"])
-def test_imitation_keeps_both_modes(network):
+def test_imitation_keeps_both_modes():
     """The data never do 0, their mean."""
-    samples = fit(make(policy_hidden=32, network=network, policy_lr=5e-3, batch_size=128), 600)
+    samples = fit(make(policy_hidden=32, policy_lr=5e-3, batch_size=128), 600)
     left, right, between = ((samples < -0.4).mean(), (samples > 0.4).mean(), (np.abs(samples) < 0.3).mean())
     assert 0.35 < left < 0.65 and 0.35 < right < 0.65 and between < 0.12, (left, right, between)
     assert np.abs(np.abs(samples) - 0.6).mean() < 0.12
@@ -284,13 +288,32 @@ def test_the_critic_s_gradient_moves_mass_to_the_better_mode():
     assert np.abs(after[after > 0.4] - 0.6).mean() < 0.25  # still what the data do
 
 
-@pytest.mark.parametrize("form, scale", [("spread", 7.0), ("mean", 6.0)])
-def test_the_value_loss_by_hand(form, scale):
+def test_modes_close_to_each_other_are_kept_apart():
+    """0.4 apart, with a standard deviation of 0.02: squared times of noise keep twice as many samples within two of it
+    as even times do (E9)."""
+    modes, near = torch.tensor([-0.2, 0.2]), []
+    for power in (1.0, 2.0):
+        agent = make(policy_hidden=32, policy_lr=3e-3, batch_size=256, time_power=power)
+        torch.manual_seed(0)
+        for step in range(1000):
+            agent.policy_adam.param_groups[0]["lr"].fill_(3e-3 * (1 + math.cos(math.pi * step / 1000)) / 2)
+            action = modes[torch.randint(2, (1, 256, 1))] + 0.02 * torch.randn(1, 256, 1)
+            _, _, t, eps, _ = agent.draw()
+            loss, _ = agent.imitation_loss(dict(obs=torch.zeros(1, 256, 1), action=action), t, eps)
+            agent.descend(agent.policy_adam, loss)
+        with torch.no_grad():
+            samples = agent.policy(torch.zeros(1, 4000, 1), agent.policy.noise(4000)).flatten()
+        near.append(((samples[:, None] - modes).abs().amin(1) < 0.04).float().mean().item())
+    assert near[1] > 0.45 and near[1] > 1.5 * near[0], near
+
+
+@pytest.mark.parametrize("without, scale", [("", 7.0), ("E4", 6.0)])
+def test_the_value_loss_by_hand(without, scale):
     """-eta times the lower critic's value, in units of the spread given or of mean |Q|, on a share of the batch; the
     gradient goes to the action, not to the units."""
     losses = []
     for policy in ("diffusion", "deterministic"):
-        agent = make(q_scale=form, q_weight=3.0, q_rows=0.5, batch_size=2, policy=policy)
+        agent = make(without=without, q_weight=3.0, q_rows=0.5, batch_size=2, policy=policy)
         agent.critic = table(lambda obs, action: torch.stack([4 * action - 6, 4 * action]))
         seen, action = [], torch.full((1, 1, 1), 0.5, requires_grad=True)
         agent.policy.forward = lambda obs, noise: seen.append(obs.shape[1]) or action
@@ -468,7 +491,7 @@ def test_a_batch_is_rows_of_the_data_in_units_of_what_was_seen(data, spread, mon
     np.testing.assert_array_equal(batch["terminated"].numpy(), [[0, 0, 1], [1, 1, 0], [0, 0, 1]])
 
     learner = make(spread, policy="deterministic")
-    table.set_units(learner, 0.9)
+    table.set_units(learner, args())
     raw = wide["obs"][[3, 1999]]  # [E, N, O]: acting is told them as the environment gives them
     for policy in (learner.policy, learner.slow_policy):
         with torch.no_grad():
@@ -484,12 +507,46 @@ def test_critics_start_where_the_data_are(data, spread):
     for gamma, horizon in ((0.9, 10), (1.0, 1000)):
         agent, (obs, action) = make(spread), (torch.randn(3, 5, 18), torch.randn(3, 5, 2))
         before = agent.critic(obs, action)  # [Q, N, B]
-        table.set_units(agent, gamma)
+        table.set_units(agent, args(gamma=gamma))
         for critic in (agent.critic, agent.slow_critic):
             scale = torch.tensor([*rewards.std(0)[:2], 1e-3])[:, None]  # no division by zero
             want = horizon * torch.tensor(rewards.mean(0))[:, None] + scale * before
             torch.testing.assert_close(critic(obs, action), want.float(), rtol=1e-3, atol=1e-2)
             assert critic(obs, action)[:, 2].std() > 0
+    agent = make(spread)
+    before = agent.critic(obs, action)
+    table.set_units(agent, args(without="E7"))
+    torch.testing.assert_close(agent.critic(obs, action), before)  # and without E7 where they are
+
+
+def test_without_e8_observations_are_as_they_are(data, spread):
+    source = load_dataset(data)
+    rows, table = torch.tensor([[3, 1999]] * 3), dom2.Data(source, spread, args(without="E8"), CPU)
+    agent = make(spread)
+    table.set_units(agent, args(without="E8"))
+    for name in ("obs", "next_obs"):
+        want = np.array(getattr(source, name))[[3, 1999]].transpose(1, 0, 2)
+        np.testing.assert_allclose(table.sample(rows)[name].numpy(), want, rtol=1e-6)
+    assert (agent.slow_policy.obs_mean == 0).all() and (agent.slow_policy.obs_std == 1).all()
+
+
+def test_the_times_of_noise():
+    """0.001 + 0.999 u^p: a share (0.25)^(1 / p) of them lies below a quarter."""
+    for power in (1.0, 2.0, 3.0):
+        t = make(batch_size=100_000, time_power=power).draw()[2]
+        assert t.shape == (1, 100_000) and 0.001 <= t.min() < 0.0011 + 1e-4 * (power == 1.0) and 0.999 < t.max() <= 1.0
+        assert ((t - 0.001) / 0.999 < 0.25).float().mean().item() == pytest.approx(0.25 ** (1 / power), abs=0.01)
+
+
+@pytest.mark.parametrize("act_noise", [1.0, 0.5, 0.0])
+def test_policies_act_from_as_much_noise_as_is_asked_for(act_noise):
+    policy = noisy(make(UNEQUAL)).policy
+    obs = torch.randn(5, 3, 6)
+    torch.manual_seed(3)
+    want = policy(obs.transpose(0, 1), act_noise * policy.noise(5)).transpose(0, 1)
+    torch.manual_seed(3)
+    acted = dom2.make_act(policy, args(act_noise=act_noise))(obs.numpy())
+    np.testing.assert_allclose(acted, want.detach().numpy(), rtol=1e-5, atol=1e-6)
 
 
 # --- the update ---
@@ -520,10 +577,9 @@ def test_the_norm_of_each_agent_s_gradient_is_bounded_by_itself(q_weight):
 
 VARIANTS = {
     "method": dict(),
-    "unet": dict(network="unet"),
     "baseline": dict(policy="deterministic"),
     "imitation": dict(q_weight=0.0),
-    "mean": dict(q_scale="mean"),
+    "as the paper": dict(without="E1,E2,E4,E6,E7,E8"),
     "own actions": dict(cql_own=True),
 }
 variants = pytest.mark.parametrize("values", VARIANTS.values(), ids=VARIANTS)
@@ -672,7 +728,7 @@ def test_the_baseline_is_as_wide_as_what_sees_in_the_method():
 
 SHORT = (
     "--total-updates 8 --eval-every 4 --eval-episodes 3 --batch-size 16 --policy-hidden 16 --critic-hidden 16 "
-    "--network mlp --solver-steps 3 --device cpu"
+    "--solver-steps 3 --device cpu"
 ).split()
 
 
@@ -754,6 +810,7 @@ def test_data_that_are_missing_are_made(cli, tmp_path, monkeypatch):
         (["--tau", "2"], "--tau"),
         (["--q-lr", "0"], "--q-lr"),
         (["--solver-steps", "0"], "solver-steps"),
+        (["--without", "E1,E3"], "--without: of E1,E2,E4,E6,E7,E8"),
     ],
 )
 def test_bad_input_is_one_line(argv, reason, cli, tmp_path, data, monkeypatch):
@@ -815,8 +872,9 @@ def test_an_evaluation_needs_no_data_and_a_resumed_run_is_told_where_they_are_no
 def test_presets_follow_task_and_split(data, tmp_path):
     robot = dict(gamma=0.99, tau=0.005, q_lr=1e-3, total_updates=3_000, eval_episodes=10, policy_hidden=64)
     chase = dict(policy_lr=1e-2, cql_weight=16.0, cql_own=True)
+    spread = dict(gamma=0.9, policy_lr=3e-3, q_lr=1e-2, q_weight=8.0, cql_weight=0.25, time_power=2.0, act_noise=0.5)
     for name, values in {
-        "omar_simple_spread-medium": dict(gamma=0.9, q_weight=8.0),
+        **dict.fromkeys(("omar_simple_spread-medium", "omar_simple_spread-adaptive"), spread),
         "omar_simple_spread-random": dict(
             gamma=0.9, q_weight=480.0, cql_weight=0.5, total_updates=16_000, eval_every=2_000
         ),
@@ -828,19 +886,17 @@ def test_presets_follow_task_and_split(data, tmp_path):
     }.items():
         assert dom2.preset(name) == dom2.Args(name, **values)
     folder = shutil.copytree(data, tmp_path / "cheetah" / "things")
-    assert dom2.preset(str(folder)) == dom2.Args(
-        str(folder), gamma=0.9
-    )  # its card says the task; splits have names only
+    assert dom2.preset(str(folder)) == dom2.Args(str(folder), **spread)  # its card says the task
     robot = dom2.preset(str(tmp_path / "cheetah"), "mamujoco_ant_2x4")
     assert robot.gamma == 0.99 == dom2.preset("omar_halfcheetah_2x3-medium").gamma and robot.eval_episodes == 10
     with pytest.raises(dom2.BadInput, match="did you mean"):
         dom2.preset("omar_simple_tag-medum")
 
 
-@pytest.mark.parametrize("task", FOLDERS)
-def test_every_data_set_has_defaults_that_can_be_used(task):
+@pytest.mark.parametrize("task, count", [*zip(FOLDERS, (2, 4, 4, 4))])
+def test_every_data_set_has_defaults_that_can_be_used(task, count):
     found = [dom2.preset(f"{task}-{split}") for split in SPLITS]
-    assert len({dataclasses.replace(preset, dataset="") for preset in found}) >= 4  # each split its own, or nearly
+    assert len({dataclasses.replace(preset, dataset="") for preset in found}) >= count  # splits their own, but spread's
     for preset in found:
         assert dom2.parse(["--dataset", preset.dataset]) == preset
 

@@ -34,10 +34,9 @@ VARIANTS = {
     "omad target networks": (omad, dict(tau=0.005)),
     "omad fixed temperature": (omad, dict(alpha_lr=0.0)),
     "dom2": (dom2, dict()),
-    "dom2 mlp": (dom2, dict(network="mlp")),
     "dom2 deterministic": (dom2, dict(policy="deterministic")),
     "dom2 imitation": (dom2, dict(q_weight=0.0)),
-    "dom2 mean": (dom2, dict(q_scale="mean")),
+    "dom2 as the paper": (dom2, dict(without="E1,E2,E4,E6,E7,E8", time_power=2.0)),
     "dom2 own actions": (dom2, dict(cql_own=True)),
 }
 variants = pytest.mark.parametrize("program, changes", VARIANTS.values(), ids=VARIANTS)
@@ -81,7 +80,7 @@ class Learner:
             self.data.add(**online)
         else:
             self.data = dom2.Data(offline, ENV, self.args, device)
-            self.data.set_units(self.agent, self.args.gamma)
+            self.data.set_units(self.agent, self.args)
         self.runs, self.calls, self.learn = 0, 0, program.graphed(self._learn, captured)
 
     def _learn(self, rows, *drawn):
@@ -491,7 +490,7 @@ def test_compiled_losses_equal_plain_ones(program, monkeypatch):
     acts, logs = [], []
     obs = np.random.default_rng(0).standard_normal((3, 2, 5)).astype(np.float32) * ENV.obs_mask
     for compile in (False, True):
-        steps = dict(denoising_steps=2) if program is omad else dict(solver_steps=2, network="mlp")  # little to trace
+        steps = dict(denoising_steps=2) if program is omad else dict(solver_steps=2)  # little to trace
         learner = Learner(program, dict(compile=compile) | steps)
         torch.manual_seed(1)
         logs.append([{name: x.item() for name, x in learner.step().items()} for _ in range(4)])

@@ -20,7 +20,6 @@ MOST = {
     ("omad", "diffusion", "critic update"): 293,
     ("omad", "diffusion", "act in 1"): 91,
     ("dom2", "unet", "update"): 1300,
-    ("dom2", "mlp", "update"): 675,
     ("dom2", "deterministic", "update"): 215,
     ("dom2", "unet", "act in 1"): 240,
 }
