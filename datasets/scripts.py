@@ -10,6 +10,7 @@ import itertools
 import gymnasium as gym
 import numpy as np
 
+from common.doors import WINDOWS
 from common.envs import Act
 
 uniform = lambda envs, start, rng: lambda obs: rng.uniform(-1, 1, envs.action_space.shape)
@@ -64,6 +65,13 @@ def pursuit(envs, start: np.ndarray, rng: np.random.Generator, count: int, const
         return np.clip(gain * goal + damping * (prey_velocity - obs[..., :2]), -1, 1)
 
     return act
+
+
+def windows(envs, start: np.ndarray, rng: np.random.Generator, count: int) -> Act:
+    """Of doors_blind: at every step each agent draws one of the first `count` of its own two windows, and tries it."""
+    own = WINDOWS.reshape(2, 2)  # agent 0 has those on the left
+    draw = lambda e: own[np.arange(2), rng.integers(count, size=(e, 2))] + 0.02 * rng.standard_normal((e, 2))
+    return lambda obs: draw(len(obs))[..., None]
 
 
 BEST = 10  # how many of the assignments on omar_simple_spread_6 are good ways

@@ -7,6 +7,7 @@
     scripted        spread: each agent steers for a landmark of its own, so that their ways are now shortest in total,
                     or always for the same one (fixed assignment). tag, world: for a place of its own around the prey
     straight        tag, world: at the prey, at full force
+    ... each        doors_blind: each agent draws among windows of its own
     ... way         omar_simple_spread_6: by the assignment with the shortest way
                     in total, or by one of the ten shortest: the same for all, or each agent draws its own
 
@@ -27,12 +28,13 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "datasets")]
 from campaign import RESULTS, record
 from common.envs import evaluate, make_vec, mix_seed
-from scripts import BEST, PURSUIT, pursuit, spread, still, uniform, walk
+from scripts import BEST, PURSUIT, pursuit, spread, still, uniform, walk, windows
 
 BOTH = {"random": uniform, "standing still": still}
 CONTROLLERS = {
     **dict.fromkeys(("mpe_simple_spread", "mpe_simple_spread_n4"), BOTH | {"scripted": spread}),
-    **dict.fromkeys(("doors_blind", "mamujoco_halfcheetah_2x3", "mamujoco_ant_2x4", "mamujoco_walker2d_2x3"), BOTH),
+    "doors_blind": BOTH | {"one window each": partial(windows, count=1), "two windows each": partial(windows, count=2)},
+    **dict.fromkeys(("mamujoco_halfcheetah_2x3", "mamujoco_ant_2x4", "mamujoco_walker2d_2x3"), BOTH),
     **{task: dict(random=uniform, straight=partial(pursuit, count=n), scripted=partial(pursuit, count=n, constants=c))
        for task, (n, c) in PURSUIT.items()},
     "omar_simple_spread": {"random": uniform, "fixed assignment": partial(spread, gain=16.0, fixed=True),

@@ -252,6 +252,18 @@ def dom2_returns(experiment: str) -> str:
     return table([*head, "best"], [*rows, totals], note, made(used)) if rows else "Not run yet."
 
 
+def deviations() -> str:
+    """The paper's form in the place of each deviation, and whether it is worse or better than DOM2's runs."""
+    known, word = campaign.declared(("deviations",)), {"win": " worse", "loss": " better"}
+    sets, rows = dict.fromkeys(run.on for run in known), []
+    rows.append(["none: DOM2", *(cell(fresh("offline", on, "dom2"), 0) for on in sets)])
+    for variant, place in {run.variant: run.place.name for run in known}.items():
+        values = [(fresh("offline", on, "dom2"), fresh("deviations", on, place)) for on in sets]
+        rows.append([variant, *(cell(theirs, 0) + word.get(welch(ours, theirs), "") for ours, theirs in values)])
+    used = [run for run in known for run in read("deviations", run.on, run.place.name)]
+    return table(["without", *map(name, sets)], rows, made(used)) if used else "Not run yet."
+
+
 def dom2_summary() -> str:
     """Over all data sets."""
     scores = {method: normalised(method) for method in METHODS}
@@ -295,13 +307,19 @@ def shares() -> dict[int, list[np.ndarray]]:
     return some | {100: offline(SHARED)}
 
 
-def dom2_assignments() -> str:
-    scripts = [row for row in rows_of(RESULTS / "controllers.csv") if row["task"] == SIX.partition("-")[0]]
-    rows = []
-    for setting, said in (("usual", "six landmarks"), ("fewer", "three of them gone")):
-        told = [f"{r['controller']}: {number(r['return_mean'], 0)}" for r in scripts if r["setting"] == setting]
-        rows.append([said, *(cell(fresh("assignments", SIX, m, setting)) for m in METHODS), "; ".join(told)])
-    used = [run for method in METHODS for run in read("assignments", SIX, method)]
+def dom2_modes() -> str:
+    """Where there are several good ways."""
+    rows, eight = [], "dom2_eta_8"
+    for what, *where, digits in (
+        ("six landmarks", "assignments", SIX, "usual", 0),
+        ("three of them gone", "assignments", SIX, "fewer", 0),
+        ("blind doors", "modes", f"{DOORS}-pairs", "usual", 2),
+    ):
+        known = [r for r in rows_of(RESULTS / "controllers.csv") if r["task"] == where[1].partition("-")[0]]
+        told = [f"{r['controller']}: {number(r['return_mean'], digits)}" for r in known if r["setting"] == where[2]]
+        rows.append([what, *(cell(fresh(*where[:2], m, where[2]), digits) for m in METHODS), "; ".join(told)])
+    rows.append(["blind doors, η 8", cell(fresh("modes", f"{DOORS}-pairs", eight), 2), "", "", ""])
+    used = [run for on in (("assignments", SIX), ("modes", f"{DOORS}-pairs")) for m in METHODS for run in read(*on, m)]
     return table(["", *map(name, METHODS), "scripts"], rows, made(used))
 
 
@@ -362,7 +380,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "omad-published": lambda: plain("published", {"task": "{task}", "who": "{who}", "return": "{return_mean:,.0f}",
                                                   "source": "{source}"}),
     "dom2-updates": lambda: dom2_returns("updates"), "dom2-returns": lambda: dom2_returns("offline"),
-    "dom2-summary": dom2_summary, "dom2-shift": dom2_shift, "dom2-assignments": dom2_assignments,
+    "dom2-summary": dom2_summary, "dom2-shift": dom2_shift, "dom2-modes": dom2_modes, "dom2-deviations": deviations,
     "dom2-data": lambda: table(["share of the episodes", *map(name, METHODS)],
                                [[f"{share} %", *map(cell, values)] for share, values in shares().items()]),
     "dom2-belief": lambda: plain("belief", {

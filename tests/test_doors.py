@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
+import doors
+from common.datasets import load_dataset
 from common.doors import WINDOWS, chances, exact_value, place
 from common.envs import make_env, make_vec
 
@@ -75,3 +77,26 @@ def test_what_agents_and_critics_see():
         obs, reward, terminated, truncated, after = env.step(np.array([[place_of_it], [0.0]]))
         assert terminated and reward == pytest.approx(0.95) and (after["state"] == info["state"]).all()
     assert states == {0, 1, 2, 3} and env.render().shape == (64, 256, 3)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Where the data go instead."""
+    monkeypatch.setattr(doors, "FOLDER", tmp_path / "doors_blind" / "pairs" / "seed_0_data")
+    monkeypatch.setattr(doors, "EPISODES", 5000)
+    return doors.FOLDER
+
+
+def test_data_have_two_modes_of_each_agent(folder, capsys):
+    told = lambda: (doors.make_data(), "return" in capsys.readouterr().out)[1]
+    assert [told(), told()] == [True, False]  # the second time they are there
+    data = load_dataset(folder, env_id="doors_blind")
+    actions = np.asarray(data.actions)[..., 0]  # [5000, 2]
+    found = chances(actions)
+    np.testing.assert_allclose(found[:, :4], [[0.5, 0.5, 0, 0], [0, 0, 0.5, 0.5]], atol=0.03)
+    assert 0 < found[:, 4].max() < 0.03 and exact_value(found) > 0.85
+    missed = place(actions) == 4
+    np.testing.assert_allclose(np.asarray(data.rewards), ~missed.all(1, keepdims=True) - 0.1 * missed, atol=1e-6)
+    assert data.terminations.all() and data.next_known.all() and len(data.episodes) == 5000
+    (folder / "rews_1.npy").unlink()
+    assert [told(), told()] == [True, False]

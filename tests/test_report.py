@@ -170,3 +170,39 @@ def test_pictures_show_what_is_there(results):
 def test_every_table_stands_in_one_document():
     found = [name for path in report.DOCUMENTS for _, name, _, _ in report.MARKS.findall((ROOT / path).read_text())]
     assert sorted(found) == sorted(report.TABLES)
+
+
+def test_runs_on_unequal_data_are_not_compared(results, monkeypatch):
+    known = {"offline": 206.0, "updates": 206.0}
+    run = lambda of: report.Result("x", {"data_return": known[of]}, {}, {})
+    monkeypatch.setattr(report, "read", lambda of, on, method: [run(of), report.Result("old", {}, {}, {})])
+    assert report.data_return("omar_simple_spread-medium-replay") == 206.0
+    known["updates"] = 198.2
+    with pytest.raises(ValueError, match="medium-replay: .*unequal data do not compare: .198.2, 206.0"):
+        report.data_return("omar_simple_spread-medium-replay")
+
+
+def test_deviations_are_compared_with_the_default(results):
+    assert report.TABLES["dom2-deviations"]() == "Not run yet."
+    results["offline", "dom2"], results["deviations", "E4"] = {"usual": (10, 11, 12)}, {"usual": (1, 2, 3)}
+    results["deviations", "E10"], results["deviations", "E6"] = {"usual": (20, 21, 22)}, {"usual": (10, 12)}
+    head, _, *lines = report.TABLES["dom2-deviations"]().partition("\n\n")[0].splitlines()
+    rows = {line.split(" | ")[0][2:]: line.split(" | ")[1] for line in lines}
+    assert "| spread, medium | tag, expert |" in head and rows["none: DOM2"] == "11 [10, 12] (3)"
+    assert rows["E4"] == "2 [1, 3] (3) worse" and rows["E10"] == "21 [20, 22] (3) better"
+    assert rows["E6"] == "11 [10, 12] (2)" and rows["E1"] == "–"
+
+
+def test_several_ways_have_their_scripts_beside_them(results):
+    results["assignments", "imitation"] = {"usual": (600, 602), "fewer": (300, 300)}
+    results["modes", "deterministic"], results["modes", "dom2_eta_8"] = {"usual": (0.5,)}, {"usual": (0.25, 0.75)}
+    rows = [line.split(" | ") for line in report.TABLES["dom2-modes"]().splitlines()[2:6]]
+    assert [row[0] for row in rows] == [
+        "| six landmarks",
+        "| three of them gone",
+        "| blind doors",
+        "| blind doors, η 8",
+    ]
+    assert [row[2] for row in rows[:3]] == ["601 [600, 602] (2)", "300 [300, 300] (2)", "–"]
+    assert rows[2][3] == "0.50 (1)" and rows[3][1] == "0.50 [0.25, 0.75] (2)"
+    assert "shortest way: 759" in rows[0][4] and "one window each: 0.5" in rows[2][4] and "shortest" not in rows[2][4]

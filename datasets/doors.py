@@ -1,0 +1,51 @@
+"""Data with several narrow modes: blind doors, all of them open.
+
+    python datasets/doors.py      # a second; DOM2 learns from them with dom2.py --dataset FOLDER --env-id doors_blind
+
+At each try an agent draws one of two windows of its own, and nearly always meets it. As all are open, it is through at
+once: no window is better than another. Where one window, unseen, is open, agents that keep both of their ways earn
+nearly all that can be had, and agents that settle on one of them half.
+"""
+
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+from common.datasets import DATA
+from common.doors import WALL, WINDOWS, place
+from scripts import windows
+
+FOLDER, EPISODES = DATA / "doors_blind" / "pairs" / "seed_0_data", 100_000
+
+
+def make_data() -> None:
+    """Makes them, in OMAR's layout, unless they are there: episodes of one step, which ends them."""
+    ones = np.ones((EPISODES, 2, 1), np.float32)
+    action = windows(None, ones, np.random.default_rng(0), 2)(ones).astype(np.float32)  # [episodes, 2, 1]
+    missed = place(action[..., 0]) == len(WINDOWS)  # [episodes, 2]
+    through = ~missed.all(1, keepdims=True)
+    reward = through - WALL * missed
+    rows = dict(obs=ones, acs=action, rews=reward, next_obs=0 * ones, dones=np.ones_like(reward))  # next: none
+    try:
+        if all(
+            (np.load(FOLDER / f"{x}_{i}.npy") == rows[x][:, i].astype(np.float32)).all() for x in rows for i in (0, 1)
+        ):
+            return print(f"data      {FOLDER}: there already")
+    except (OSError, ValueError):
+        pass
+    scratch = FOLDER.with_name(FOLDER.name + ".tmp")
+    scratch.mkdir(parents=True, exist_ok=True)
+    for name, values in rows.items():
+        for i in range(2):
+            np.save(scratch / f"{name}_{i}.npy", values[:, i].astype(np.float32))
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    scratch.rename(FOLDER)
+    print(f"data      {FOLDER}: return {reward.mean():.3f}")
+
+
+if __name__ == "__main__":
+    tyro.cli(make_data)
