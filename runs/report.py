@@ -309,7 +309,7 @@ def shares() -> dict[int, list[np.ndarray]]:
 
 def dom2_modes() -> str:
     """Where there are several good ways."""
-    rows, eight = [], "dom2_eta_8"
+    rows, one = [], "dom2_eta_1"
     for what, *where, digits in (
         ("six landmarks", "assignments", SIX, "usual", 0),
         ("three of them gone", "assignments", SIX, "fewer", 0),
@@ -318,7 +318,7 @@ def dom2_modes() -> str:
         known = [r for r in rows_of(RESULTS / "controllers.csv") if r["task"] == where[1].partition("-")[0]]
         told = [f"{r['controller']}: {number(r['return_mean'], digits)}" for r in known if r["setting"] == where[2]]
         rows.append([what, *(cell(fresh(*where[:2], m, where[2]), digits) for m in METHODS), "; ".join(told)])
-    rows.append(["blind doors, η 8", cell(fresh("modes", f"{DOORS}-pairs", eight), 2), "", "", ""])
+    rows.append(["blind doors, η 1", cell(fresh("modes", f"{DOORS}-pairs", one), 2), "", "", ""])
     used = [run for on in (("assignments", SIX), ("modes", f"{DOORS}-pairs")) for m in METHODS for run in read(*on, m)]
     return table(["", *map(name, METHODS), "scripts"], rows, made(used))
 

@@ -195,13 +195,13 @@ def test_deviations_are_compared_with_the_default(results):
 
 def test_several_ways_have_their_scripts_beside_them(results):
     results["assignments", "imitation"] = {"usual": (600, 602), "fewer": (300, 300)}
-    results["modes", "deterministic"], results["modes", "dom2_eta_8"] = {"usual": (0.5,)}, {"usual": (0.25, 0.75)}
+    results["modes", "deterministic"], results["modes", "dom2_eta_1"] = {"usual": (0.5,)}, {"usual": (0.25, 0.75)}
     rows = [line.split(" | ") for line in report.TABLES["dom2-modes"]().splitlines()[2:6]]
     assert [row[0] for row in rows] == [
         "| six landmarks",
         "| three of them gone",
         "| blind doors",
-        "| blind doors, η 8",
+        "| blind doors, η 1",
     ]
     assert [row[2] for row in rows[:3]] == ["601 [600, 602] (2)", "300 [300, 300] (2)", "–"]
     assert rows[2][3] == "0.50 (1)" and rows[3][1] == "0.50 [0.25, 0.75] (2)"
