@@ -76,7 +76,7 @@ class Args:
     policy: Literal["diffusion", "deterministic"] = "diffusion"  # the method; or the baseline MA-CQL, same critics
     policy_hidden: int = 32  # H, width of each agent's network; layers that see the observation have 128 or more
     solver_steps: int = 5  # K, steps from noise to action
-    time_power: float = 1.0  # p, noise times are 0.001 + 0.999 u^p with u even: above 1 more of them lie near the data
+    time_power: float = 1.0  # p, noise times are 0.001 + 0.999 u^p u uniform: above 1 more of them lie near the data
     act_noise: float = 1.0  # standard deviation of the noise from which policies act; they learn from 1
     q_weight: float = 1.0  # eta, weight of the critic's gradient against imitation; 0: imitation only, no critics
     critic_hidden: int = 64  # width of each critic
@@ -88,7 +88,7 @@ class Args:
     reweight: bool = True  # sample good trajectories more often
     thresholds: int = 3  # a trajectory counts once, and once more for each of these returns that it reaches
     top_quantile: float = 0.98  # quantile of the returns at the highest threshold; the lowest is their mean
-    without: str = ""  # deviations in whose place the paper's form stands, as E1,E6
+    without: str = ""  # of E1,E2,E4,E6,E7,E8: deviations in whose place the paper's form stands
 
     def has(self, deviation: str) -> bool:
         return deviation not in self.without.split(",")
@@ -218,22 +218,17 @@ class DiffusionPolicy(nn.Module):
         seen = self.join_obs(F.silu(self.obs2(F.silu(self.obs1(obs)))))  # [N, B, joined]
         return self.tell(F.silu(seen[:, None] + clock).flatten(1, 2)).unflatten(1, (len(t), -1))
 
-    def velocity(self, x: Tensor, condition: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> Tensor:
-        """v = (eps - sigma x) / alpha, [N, B, A]: the network predicts it [deviation E6], or eps as in the paper."""
-        told = self.network(x, condition) * self.action_mask
-        return told if self.predicts_v else (told - sigma * x) / alpha
-
     def forward(self, obs: Tensor, noise: Tensor) -> Tensor:
         """obs [N, B, O], noise as above -> action [N, B, A] in [-1, 1]. A first-order step from s to t [DOM2 solver]:
 
             x_t = (alpha_t / alpha_s) x_s - sigma_t (exp(lambda_t - lambda_s) - 1) eps,   lambda = log(alpha / sigma)
 
-        As eps = sigma_s x_s + alpha_s v, the action implied is a = alpha_s x_s - sigma_s v, which can be kept in the
-        box [deviation E2], and x_t = alpha_t a + sigma_t eps."""
+        It is x_t = alpha_t a + sigma_t eps, a the action that eps implies, and a can be kept in the box [deviation E2].
+        The network predicts v = alpha_s eps - sigma_s a instead [deviation E6], and a = alpha_s x_s - sigma_s v."""
         x, conditions = noise * self.action_mask, self.condition(obs, self.times[:-1, None]).unbind(1)
         for k, (condition, alpha, sigma) in enumerate(zip(conditions, self.alpha, self.sigma)):
-            v = self.velocity(x, condition, alpha, sigma)
-            action = self.box(alpha * x - sigma * v)
+            told = self.network(x, condition) * self.action_mask  # v, or without E6 eps
+            action = self.box(alpha * x - sigma * told if self.predicts_v else (x - sigma * told) / alpha)
             ratio = self.sigma[k + 1] / sigma  # eps is (x - alpha a) / sigma
             x = ratio * x + (self.alpha[k + 1] - ratio * alpha) * action
         return F.hardtanh(x)
@@ -335,20 +330,20 @@ class DOM2(nn.Module):
     def imitation_loss(self, batch: dict, t: Tensor, eps: Tensor) -> tuple[Tensor, dict]:
         """L = E || alpha_t eps - sigma_t a - v_theta(alpha_t a + sigma_t eps, o, t) ||^2, over agents [DOM2 imitation].
 
-        t [1, B], eps [N, B, A]. It is the paper's || eps - eps_theta ||^2 over alpha_t^2 [deviation E6]: errors count
-        alike at all times, else they hardly do at those at which the action has to be inferred."""
+        t [1, B], eps [N, B, A]. It is the paper's || eps - eps_theta ||^2, which stands here without E6, over alpha_t^2
+        [deviation E6]: errors count alike at all times, else hardly at those at which the action has to be inferred."""
         alpha, sigma = self.policy.scales(t[..., None])  # [1, B, 1]
         eps, action, condition = eps * self.policy.action_mask, batch["action"], self.policy.condition(batch["obs"], t)
-        v = self.policy.velocity(alpha * action + sigma * eps, condition.squeeze(1), alpha, sigma)
-        error = (alpha * eps - sigma * action - v) * (1 if self.args.has("E6") else alpha)
-        loss = (error**2).sum(-1).mean(1).sum()
+        told = self.policy.network(alpha * action + sigma * eps, condition.squeeze(1)) * self.policy.action_mask
+        target = alpha * eps - sigma * action if self.policy.predicts_v else eps
+        loss = ((target - told) ** 2).sum(-1).mean(1).sum()
         return loss, {"losses/imitation": loss.detach()}
 
     def value_loss(self, batch: dict, noise: Tensor, spread: Tensor) -> tuple[Tensor, dict]:
         """L = -eta E[min_q Q_q(o, b)] / scale, b from the policy by all solver steps, summed over agents [DOM2 value].
 
         On part of the batch [deviation E3]. scale is E|Q(o, a)| in the paper, here how much Q varies over actions
-        [deviation E4]: where returns are large and actions matter little, every eta were too small otherwise."""
+        [deviation E4]: where returns are large and actions matter little, every eta would be too small otherwise."""
         obs = batch["obs"][:, : self.q_rows]
         action = self.policy(obs, noise)
         value, scale = self.critic(obs, action).amin(0), spread  # [N, rows], [N]
@@ -459,12 +454,13 @@ class Data:
         return named | {name: named[name].squeeze(-1) for name in ("reward", "terminated")}
 
     def set_units(self, agent: DOM2, args: Args) -> None:
-        """Networks count in the units of the data; critics start at what a policy with their mean reward is worth."""
+        """Networks count in the units of the data; critics start at the worth of their mean reward."""
         std, mean = torch.std_mean(self.table[..., -2].T, 1, keepdim=True)  # of the rewards [N, 1]
+        fade = (1 - args.gamma) + args.gamma * self.table[..., -1].T.mean(1, keepdim=True)  # of values in a step [N, 1]
         for policy, critic in ((agent.policy, agent.critic), (agent.slow_policy, agent.slow_critic)):
             policy.obs_mean.copy_(self.obs_mean), policy.obs_std.copy_(self.obs_std)
             if args.has("E7"):
-                critic.shift.copy_(mean / max(1 - args.gamma, 1e-3)), critic.scale.copy_(std.clamp(min=1e-3))
+                critic.shift.copy_(mean / fade.clamp(min=1e-3)), critic.scale.copy_(std.clamp(min=1e-3))
 
 
 def pick_device(name: str) -> torch.device:

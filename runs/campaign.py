@@ -37,7 +37,10 @@ from common.envs import BadInput, find_task, offers_shift
 
 RESULTS = where = ROOT / "runs" / "results"  # the second: where this process looks, see --results
 PROGRAMS = {"omad": omad, "dom2": dom2}
-TRIED = "gamma q_weight cql_weight cql_own thresholds top_quantile critic_hidden policy_lr q_lr time_power act_noise"
+TRIED = (
+    "gamma q_weight cql_weight cql_own thresholds top_quantile policy_hidden critic_hidden policy_lr q_lr time_power "
+)
+TRIED += "act_noise"
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,12 +182,12 @@ def make_data(on: str) -> None:
                 raise RuntimeError((made.stderr.strip() or "the data could not be made").splitlines()[-1])
 
 
-def keep_trial(folder: Path) -> None:
-    """A finished run of the search as a row of search.csv, which says what presets come from."""
-    config, (fresh, *_) = PROGRAMS["dom2"].load(folder / "config.json"), rows_of(folder / "fresh.csv")
-    args, seconds = config["args"], rows_of(folder / "eval.csv")[-1]["wall_time_s"]
+def keep_trial(folder: Path, fresh: str) -> None:
+    """A run of the search, with the numbers of its fresh episodes, as a row of search.csv: what presets come from."""
+    args, seconds = dom2.load(folder / "config.json")["args"], rows_of(folder / "eval.csv")[-1]["wall_time_s"]
+    args["thresholds"] *= args["reweight"]
     key = {name: args[name] for name in ("dataset", "policy", *TRIED.split(), "total_updates", "seed")}
-    numbers = {name: fresh[name] for name in ("return_mean", "return_std", "episodes")}
+    numbers = dict(zip(("return_mean", "return_std", "episodes"), fresh.split(",")))
     with FileLock(where / ".lock"):
         record(where / "search.csv", key, **numbers, seconds=seconds)
 
@@ -210,8 +213,9 @@ def work(run: Run) -> None:
         fresh = ["--seed", "1000", "--eval-episodes", str(episodes), "--device", "cpu"]
         said = call(program, ["--evaluate", str(folder), *fresh, *flags.split()])
         lines.append(",".join([setting, *re.search(r"return (\S+) ± (\S+) over", said).groups(), str(episodes)]))
+    if run.experiment == "search":
+        keep_trial(folder, lines[1].partition(",")[2])
     PROGRAMS[program].write(folder / "fresh.csv", lambda path: path.write_text("\n".join([*lines, ""])))
-    keep_trial(folder) if run.experiment == "search" else None
 
 
 def here(todo: list[Run], jobs: int) -> Iterator[list[tuple[Run, str]]]:

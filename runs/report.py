@@ -95,15 +95,18 @@ def offline(dataset: str, setting: str = "usual") -> list[np.ndarray]:
 
 
 def data_return(dataset: str) -> float:
-    """Mean return of the data that the runs learned from: medium-replay and HalfCheetah's differ from machine to
-    machine. Raises `ValueError` if they learned from unequal ones."""
-    runs = [run for of in ("offline", "updates") for method in METHODS for run in read(of, dataset, method)]
-    found = {round(run.config["data_return"], 3) for run in runs if "data_return" in run.config}
-    own = RESULTS / "offline" / dataset / "data.json"  # of runs whose config.json does not say it
-    found |= {json.loads(own.read_text())["return_mean"]} if own.exists() else set()
+    """Mean return of the data that the runs learned from, which may differ from machine to machine. Stops if runs that
+    are compared learned from unequal ones."""
+    own = RESULTS / "offline" / dataset / "data.json"  # of older runs, whose config.json does not say it
+    known = (
+        json.loads(own.read_text())["return_mean"] if own.exists() else cards.read_cards()[dataset]["return"]["mean"]
+    )
+    compared = [run for run in campaign.declared(("offline", "updates", "deviations")) if run.on == dataset]
+    runs = [run for of in compared for run in read(of.experiment, dataset, of.place.name)]
+    found = sorted({round(run.config.get("data_return", known), 2) for run in runs}) or [known]
     if len(found) > 1:
-        raise ValueError(f"{dataset}: runs that learned from unequal data do not compare: {sorted(found)}")
-    return found.pop() if found else cards.read_cards()[dataset]["return"]["mean"]
+        raise SystemExit(f"report.py: {dataset}: runs that learned from unequal data do not compare: {found}")
+    return found[0]
 
 
 # Statistics ===========================================================================================================
@@ -255,7 +258,7 @@ def dom2_returns(experiment: str) -> str:
 def deviations() -> str:
     """The paper's form in the place of each deviation, and whether it is worse or better than DOM2's runs."""
     known, word = campaign.declared(("deviations",)), {"win": " worse", "loss": " better"}
-    sets, rows = dict.fromkeys(run.on for run in known), []
+    sets, rows = {run.on: data_return(run.on) for run in known}, []
     rows.append(["none: DOM2", *(cell(fresh("offline", on, "dom2"), 0) for on in sets)])
     for variant, place in {run.variant: run.place.name for run in known}.items():
         values = [(fresh("offline", on, "dom2"), fresh("deviations", on, place)) for on in sets]
@@ -319,7 +322,12 @@ def dom2_modes() -> str:
         told = [f"{r['controller']}: {number(r['return_mean'], digits)}" for r in known if r["setting"] == where[2]]
         rows.append([what, *(cell(fresh(*where[:2], m, where[2]), digits) for m in METHODS), "; ".join(told)])
     rows.append(["blind doors, η 1", cell(fresh("modes", f"{DOORS}-pairs", one), 2), "", "", ""])
-    used = [run for on in (("assignments", SIX), ("modes", f"{DOORS}-pairs")) for m in METHODS for run in read(*on, m)]
+    used = [
+        run
+        for on in (("assignments", SIX), ("modes", f"{DOORS}-pairs"))
+        for m in (*METHODS, one)
+        for run in read(*on, m)
+    ]
     return table(["", *map(name, METHODS), "scripts"], rows, made(used))
 
 

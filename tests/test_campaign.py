@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
+import dom2
 import omad
 from conftest import ROOT
 
@@ -271,3 +272,34 @@ def test_on_a_cluster_that_loses_a_worker_and_a_node(undisturbed, tmp_path):
         process.kill()
         cluster.shutdown()
     assert curves(tmp_path) == curves(undisturbed)
+
+
+def test_a_finished_trial_is_a_row_of_the_search(tmp_path, monkeypatch):
+    """Once, whatever else is there; without reweighting it counts as one with no thresholds."""
+    monkeypatch.setattr(campaign, "where", tmp_path)
+    for seed, reweight in ((101, True), (102, False), (101, True)):
+        args = vars(dom2.preset("omar_simple_tag-medium")) | dict(seed=seed, reweight=reweight)
+        (tmp_path / "config.json").write_text(json.dumps({"format": dom2.FORMAT, "args": args}))
+        (tmp_path / "eval.csv").write_text("step,wall_time_s\n0,1.5\n500,77.25\n")
+        campaign.keep_trial(tmp_path, f"{80 + seed},7.5,1000")
+    first, second = campaign.rows_of(tmp_path / "search.csv")
+    assert first["return_mean"] == "181" and first["seconds"] == "77.25" and first["episodes"] == "1000"
+    assert first["q_weight"] == "0.2" and first["cql_weight"] == "16.0" and first["policy_hidden"] == "32"
+    assert second["thresholds"] == "0" and first["thresholds"] == "3" and second["seed"] == "102"
+
+
+def test_trials_differ_in_what_their_rows_say():
+    """So that none takes the place of another."""
+    keys = {}
+    for run in campaign.declared(("search",)):
+        if run.seed == 101 and run.on in ("omar_simple_spread-medium", "omar_simple_tag-random"):
+            args = vars(dom2.parse(run.flags))
+            args["thresholds"] *= args["reweight"]
+            keys.setdefault(tuple(args[name] for name in ("dataset", "policy", *campaign.TRIED.split())), []).append(
+                args
+            )
+    for same in keys.values():  # variants that say what is the preset anyway
+        assert all(
+            {**args, "total_updates": 0, "eval_every": 0} == {**same[0], "total_updates": 0, "eval_every": 0}
+            for args in same
+        )

@@ -47,8 +47,8 @@ def test_the_row_of_a_run(run, data, results, monkeypatch):
 
     seen, make_act = [], dom2.make_act
 
-    def watched(slow):  # the averaged policies
-        act = make_act(slow)
+    def watched(slow, args):  # the averaged policies
+        act = make_act(slow, args)
         return lambda obs: seen.append((obs.copy(), act(obs))) or seen[-1][1]
 
     monkeypatch.setattr(dom2.Critic, "forward", critic)
@@ -81,7 +81,9 @@ def test_the_row_of_a_run(run, data, results, monkeypatch):
     np.testing.assert_array_equal(at, source.obs[:])  # all of them: they are fewer than 10,000
     assert row["data"] == close(believed(source.obs[:], source.actions[:].clip(-1, 1)).mean())
     assert row["own"] == close(believed(source.obs[:], done).mean())
-    assert row["return_mean"] == close(evaluate(make_act(slow), make_vec("omar_simple_spread", 200), look.FRESH).mean())
+    assert row["return_mean"] == close(
+        evaluate(make_act(slow, dom2.Args(**saved["args"])), make_vec("omar_simple_spread", 200), look.FRESH).mean()
+    )
     envs = make_vec("omar_simple_spread", 200)
     envs.reset(seed=look.FRESH)
     rewards = [envs.step(action)[4]["agent_rewards"].mean() for _, action in played]

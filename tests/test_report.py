@@ -173,13 +173,22 @@ def test_every_table_stands_in_one_document():
 
 
 def test_runs_on_unequal_data_are_not_compared(results, monkeypatch):
-    known = {"offline": 206.0, "updates": 206.0}
-    run = lambda of: report.Result("x", {"data_return": known[of]}, {}, {})
-    monkeypatch.setattr(report, "read", lambda of, on, method: [run(of), report.Result("old", {}, {}, {})])
-    assert report.data_return("omar_simple_spread-medium-replay") == 206.0
-    known["updates"] = 198.2
-    with pytest.raises(ValueError, match="medium-replay: .*unequal data do not compare: .198.2, 206.0"):
-        report.data_return("omar_simple_spread-medium-replay")
+    known = {"offline": {"data_return": 206.004}, "updates": {"data_return": 206.0}, "deviations": {}}
+    monkeypatch.setattr(
+        report, "read", lambda of, on, method: [report.Result("x", known[of], {}, {})] * bool(known[of])
+    )
+    assert report.data_return("omar_simple_world-medium-replay") == 206.0
+    for of in known:
+        with monkeypatch.context() as patch:
+            patch.setitem(known, of, {"data_return": 198.2})
+            with pytest.raises(SystemExit, match="medium-replay: .*unequal data do not compare: .198.2, 206.0"):
+                report.data_return("omar_simple_world-medium-replay")
+    card = report.cards.read_cards()["omar_simple_world-medium-replay"]["return"]["mean"]
+    known["updates"] = {"an older run": "whose data are the card's"}
+    with pytest.raises(SystemExit, match=f"{card:.0f}"):
+        report.data_return("omar_simple_world-medium-replay")
+    known.update({of: {} for of in known})
+    assert report.data_return("omar_simple_world-medium-replay") == card
 
 
 def test_deviations_are_compared_with_the_default(results):
