@@ -5,14 +5,15 @@
     python dom2.py --resume runs/<run>            # goes on after a crash; on the CPU as if it had not happened
 
 Method: "Improving Generalization and Data Efficiency with Diffusion in Offline Multi-agent RL", arXiv 2307.01472
-[DOM2], whose code is not public. What is not its, sizes and rates aside, is marked [deviation En]: runs/dom2.md.
+[DOM2], whose code is not public. What differs from it, sizes and rates aside, is marked [deviation En]; reasons, and
+choices that it leaves open, are in runs/dom2.md. [DOM2 critic] and the like stand where the paper's formula is.
 Every agent learns alone from its own observations, actions and rewards, and acts alone. Its policy turns Gaussian noise
 into an action by a few steps of a fast ODE solver. It learns to imitate the data (a diffusion loss) and, at the same
 time, to raise its own critic, by the gradient through all solver steps. The twin critics are pessimistic about actions
 outside the data (CQL). Trajectories with a high return are sampled more often.
 
 Shape letters: B batch, N agents, O observation, A action, K solver steps, Q critics of an agent, M actions in the CQL
-term, H hidden, T transitions, E environments. Agents are the first dimension, and nothing mixes them. O and A are the
+term, H hidden, C condition, T transitions, E environments. Agents come first, and nothing mixes them. O and A are the
 sizes of the largest agent; smaller ones are padded with zeros. Greek letters are the paper's, not those of omad.py.
 """
 
@@ -76,19 +77,19 @@ class Args:
     policy: Literal["diffusion", "deterministic"] = "diffusion"  # the method; or the baseline MA-CQL, same critics
     policy_hidden: int = 32  # H, width of each agent's network; layers that see the observation have 128 or more
     solver_steps: int = 5  # K, steps from noise to action
-    time_power: float = 1.0  # p, noise times are 0.001 + 0.999 u^p u uniform: above 1 more of them lie near the data
+    time_power: float = 1.0  # p: noise times are 0.001 + 0.999 u^p, u uniform; above 1 more of them lie near the data
     act_noise: float = 1.0  # standard deviation of the noise from which policies act; they learn from 1
     q_weight: float = 1.0  # eta, weight of the critic's gradient against imitation; 0: imitation only, no critics
     critic_hidden: int = 64  # width of each critic
     cql_weight: float = 1.0  # zeta, weight of the pessimism about actions outside the data
     cql_actions: int = 10  # M, uniform actions per state in the CQL term
-    cql_own: bool = False  # the policies' own actions too, which most critics of robots and chases need
-    q_rows: float = 0.5  # share of the batch on which policies are asked for actions for the critic's gradient
+    cql_own: bool = False  # an action of the averaged policies too, which most critics of robots and chases need
+    q_rows: float = 0.5  # share of the batch in the value loss
     cql_rows: float = 0.25  # share of the batch in the CQL term
     reweight: bool = True  # sample good trajectories more often
     thresholds: int = 3  # a trajectory counts once, and once more for each of these returns that it reaches
     top_quantile: float = 0.98  # quantile of the returns at the highest threshold; the lowest is their mean
-    without: str = ""  # of E1,E2,E4,E6,E7,E8: deviations in whose place the paper's form stands
+    without: str = ""  # deviations to undo, of E1,E2,E4,E6,E7,E8; E3, E5, E9 and E10 are flags
 
     def has(self, deviation: str) -> bool:
         return deviation not in self.without.split(",")
@@ -96,11 +97,9 @@ class Args:
 
 # Presets by task, for data from elsewhere; data sets with a name have more below. From a search: runs/dom2.md.
 NAVIGATION = dict(gamma=0.9, policy_lr=3e-3, q_lr=1e-2, q_weight=8.0, cql_weight=0.25, time_power=2.0, act_noise=0.5)
-CHASE = dict(gamma=0.95, policy_lr=1e-2, cql_weight=16.0, cql_own=True)
-ROBOT = dict(
-    gamma=0.99, tau=0.005, q_lr=1e-3, total_updates=3_000, eval_episodes=10, cql_own=True, cql_weight=8.0,
-    policy_hidden=64, critic_hidden=64,
-)  # fmt: skip
+CHASE = dict(policy_lr=1e-2, cql_weight=16.0, cql_own=True)
+ROBOT = dict(gamma=0.99, tau=0.005, q_lr=1e-3, cql_own=True, cql_weight=8.0, policy_hidden=64)
+ROBOT |= dict(total_updates=3_000, eval_episodes=10)
 SPREAD, TAG, WORLD, CHEETAH = "omar_simple_spread", "omar_simple_tag", "omar_simple_world", "omar_halfcheetah_2x3"
 TASKS = {SPREAD: NAVIGATION, TAG: CHASE, WORLD: CHASE, CHEETAH: ROBOT}
 WEIGHTS = {  # eta and zeta, for random, random-medium, medium-replay, medium, medium-expert and expert data
@@ -186,15 +185,15 @@ class DiffusionPolicy(nn.Module):
         wide, joined = max(128, hidden), max(64, hidden // 4)  # of the observation's layers; of where time joins them
         real = torch.arange(a) < torch.tensor(action_sizes)[:, None]  # [N, A]
         self.register_buffer("action_mask", real.float()[:, None], persistent=False)  # [N, 1, A]
-        self.register_buffer("obs_mean", torch.zeros(n, o))  # observations are counted in these units: see `Data`
+        self.register_buffer("obs_mean", torch.zeros(n, o))  # `forward` wants standardised observations: `make_act`
         self.register_buffer("obs_std", torch.ones(n, o))
-        self.register_buffer("frequency", torch.randn(16) * 16)
+        self.register_buffer("frequency", torch.randn(16) * 16)  # random Fourier features of time
         self.obs1, self.obs2 = ParallelLinear(n, o, wide, torch.tensor(obs_sizes)), ParallelLinear(n, wide, wide)
         self.time, self.join_obs = ParallelLinear(n, 32, 32), ParallelLinear(n, wide, joined)
         self.join_time = ParallelLinear(n, 32, joined)
         self.network = UNet(n, a, hidden)
         self.tell = ParallelLinear(n, joined, sum(self.network.widths))
-        # Times [K + 1] from 1 to 0.001, finer towards the end [deviation E1]: even ones end far from the data's spread.
+        # Times [K + 1] from 1 to 0.001, finer towards the end [deviation E1]: with equal steps samples are too narrow.
         end, power = (0.1, 3) if args.has("E1") else (0.001, 1)
         times = torch.linspace(1.0, end, (steps or args.solver_steps) + 1, dtype=torch.float64) ** power
         self.alpha, self.sigma = (scale.tolist() for scale in self.scales(times))
@@ -227,8 +226,9 @@ class DiffusionPolicy(nn.Module):
         The network predicts v = alpha_s eps - sigma_s a instead [deviation E6], and a = alpha_s x_s - sigma_s v."""
         x, conditions = noise * self.action_mask, self.condition(obs, self.times[:-1, None]).unbind(1)
         for k, (condition, alpha, sigma) in enumerate(zip(conditions, self.alpha, self.sigma)):
-            told = self.network(x, condition) * self.action_mask  # v, or without E6 eps
-            action = self.box(alpha * x - sigma * told if self.predicts_v else (x - sigma * told) / alpha)
+            output = self.network(x, condition) * self.action_mask  # v, or without E6 eps
+            implied = alpha * x - sigma * output if self.predicts_v else (x - sigma * output) / alpha
+            action = self.box(implied)  # which also stops the gradient where it clips
             ratio = self.sigma[k + 1] / sigma  # eps is (x - alpha a) / sigma
             x = ratio * x + (self.alpha[k + 1] - ratio * alpha) * action
         return F.hardtanh(x)
@@ -295,7 +295,7 @@ class DOM2(nn.Module):
         self.slow_policy = copy.deepcopy(self.policy).requires_grad_(False)
         self.slow_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.q_rows, self.cql_rows = (max(1, round(share * args.batch_size)) for share in (args.q_rows, args.cql_rows))
-        adam = partial(torch.optim.Adam, fused=True, capturable=device.type == "cuda")  # rates: a graph reads tensors
+        adam = partial(torch.optim.Adam, fused=True, capturable=device.type == "cuda")  # a graph reads rates as tensors
         self.policy_adam = adam(self.policy.parameters(), torch.tensor(args.policy_lr, device=device))
         self.critic_adam = adam(self.critic.parameters(), torch.tensor(args.q_lr, device=device))
         self.adams = (self.policy_adam, self.critic_adam)
@@ -314,7 +314,7 @@ class DOM2(nn.Module):
         others = uniform.transpose(0, 1).reshape(n, m * rows, a)
         with torch.no_grad():
             next_action = self.slow_policy(batch["next_obs"], noise)  # [N, B, A]
-            if args.cql_own:  # with the same noise as above: the two terms are only added
+            if args.cql_own:  # with the same noise as above, which biases neither term
                 others = torch.cat([others, self.slow_policy(batch["obs"][:, :rows], noise[:, :rows])], 1)
             next_value = self.slow_critic(batch["next_obs"], next_action).amin(0)  # [N, B]
             target = batch["reward"] + args.gamma * (1 - batch["terminated"]) * next_value
@@ -330,13 +330,13 @@ class DOM2(nn.Module):
     def imitation_loss(self, batch: dict, t: Tensor, eps: Tensor) -> tuple[Tensor, dict]:
         """L = E || alpha_t eps - sigma_t a - v_theta(alpha_t a + sigma_t eps, o, t) ||^2, over agents [DOM2 imitation].
 
-        t [1, B], eps [N, B, A]. It is the paper's || eps - eps_theta ||^2, which stands here without E6, over alpha_t^2
-        [deviation E6]: errors count alike at all times, else hardly at those at which the action has to be inferred."""
+        t [1, B], the same for all agents; eps [N, B, A]. It is the paper's || eps - eps_theta ||^2 over alpha_t^2
+        [deviation E6]: else errors hardly count near t = 1, where the observation has to tell the action."""
         alpha, sigma = self.policy.scales(t[..., None])  # [1, B, 1]
         eps, action, condition = eps * self.policy.action_mask, batch["action"], self.policy.condition(batch["obs"], t)
-        told = self.policy.network(alpha * action + sigma * eps, condition.squeeze(1)) * self.policy.action_mask
+        output = self.policy.network(alpha * action + sigma * eps, condition.squeeze(1)) * self.policy.action_mask
         target = alpha * eps - sigma * action if self.policy.predicts_v else eps
-        loss = ((target - told) ** 2).sum(-1).mean(1).sum()
+        loss = ((target - output) ** 2).sum(-1).mean(1).sum()
         return loss, {"losses/imitation": loss.detach()}
 
     def value_loss(self, batch: dict, noise: Tensor, spread: Tensor) -> tuple[Tensor, dict]:
@@ -349,7 +349,9 @@ class DOM2(nn.Module):
         value, scale = self.critic(obs, action).amin(0), spread  # [N, rows], [N]
         if not self.args.has("E4"):
             scale = self.critic(obs, batch["action"][:, : self.q_rows]).amin(0).abs().mean(-1).detach()
-        eta = 1.0 if self.args.policy == "deterministic" else self.args.q_weight  # eta would only change grad_clip
+        eta = (
+            1.0 if self.args.policy == "deterministic" else self.args.q_weight
+        )  # the only term: its weight hardly matters to Adam
         loss = -(eta * value.mean(-1) / scale.clamp(min=1e-6)).sum()
         logs = {"losses/value": loss.detach(), "diag/policy_value": value.detach().mean()}
         return loss, logs | {"diag/action_saturation": (action.detach().abs() > 0.99).float().mean()}
@@ -362,11 +364,11 @@ class DOM2(nn.Module):
         if args.policy == "deterministic":
             return [uniform, *(self.policy.noise(b) for _ in range(4))]
         eps, noise = self.policy.noise(b), self.policy.noise(b)
-        t = 1e-3 + 0.999 * torch.rand(1, b, device=device) ** args.time_power  # even in the paper [deviation E9]
+        t = 1e-3 + 0.999 * torch.rand(1, b, device=device) ** args.time_power  # uniform in the paper [deviation E9]
         return [uniform, noise, t, eps, self.policy.noise(self.q_rows)]
 
     def update(self, batch: dict, uniform: Tensor, next_noise: Tensor, t: Tensor, eps: Tensor, noise: Tensor) -> dict:
-        """One update of critics, if anybody asks them, policies and averages."""
+        """One update of critics (unless eta is 0), policies and averages."""
         loss, logs = self.imitation_loss(batch, t, eps) if self.args.policy == "diffusion" else (0.0, {})
         if self.args.q_weight > 0:  # imitation alone asks no critic, and trains none
             critic_loss, critic_logs, spread = self.critic_loss(batch, uniform, next_noise)
@@ -421,15 +423,16 @@ def trajectory_weights(returns: np.ndarray, count: int, top: float) -> np.ndarra
 
 
 class Data:
-    """A data set on the device: one row per transition and agent, of which a batch holds views by name.
+    """A data set on the device: one row per transition and agent, which a batch splits by name.
 
     Observations are centred, and divided by their standard deviation where that is above 1 [deviation E8]. Each agent
-    draws its own rows, row t with its trajectory's weight, or 0 without next observation: `upto`[t] - `upto`[t - 1]."""
+    draws its own rows, row i with weight `upto`[i] - `upto`[i - 1]: its trajectory's, or 0 if its next observation is
+    not known."""
 
     def __init__(self, data: Dataset, env: TeamEnv, args: Args, device: torch.device):
         n, o, a = env.num_agents, env.obs_mask.shape[1], env.action_mask.shape[1]
         self.widths = dict(obs=o, next_obs=o, action=a, reward=1, terminated=1)
-        self.table = torch.empty(len(data.obs), n, sum(self.widths.values()), device=device)
+        self.table = torch.empty(len(data.obs), n, sum(self.widths.values()), device=device)  # [T, N, ...]
         for start in range(0, len(data.obs), 1 << 16):  # so that little more than the table is in memory
             part = slice(start, start + (1 << 16))
             self.table[part] = torch.from_numpy(stack_rows(data, part)).to(device)
@@ -454,9 +457,10 @@ class Data:
         return named | {name: named[name].squeeze(-1) for name in ("reward", "terminated")}
 
     def set_units(self, agent: DOM2, args: Args) -> None:
-        """Networks count in the units of the data; critics start at the worth of their mean reward."""
+        """Networks count in the units of the data; critics start at V = r + gamma (1 - p) V, with the mean
+        reward r and the share p of transitions that terminate."""
         std, mean = torch.std_mean(self.table[..., -2].T, 1, keepdim=True)  # of the rewards [N, 1]
-        fade = (1 - args.gamma) + args.gamma * self.table[..., -1].T.mean(1, keepdim=True)  # of values in a step [N, 1]
+        fade = (1 - args.gamma) + args.gamma * self.table[..., -1].T.mean(1, keepdim=True)  # 1 - gamma (1 - p) [N, 1]
         for policy, critic in ((agent.policy, agent.critic), (agent.slow_policy, agent.slow_critic)):
             policy.obs_mean.copy_(self.obs_mean), policy.obs_std.copy_(self.obs_std)
             if args.has("E7"):

@@ -1,10 +1,10 @@
-"""Data with several narrow modes: blind doors, all of them open.
+"""Data with several narrow modes: blind doors, with all four windows open.
 
     python datasets/doors.py      # a second; DOM2 learns from them with dom2.py --dataset FOLDER --env-id doors_blind
 
-At each try an agent draws one of two windows of its own, and nearly always meets it. As all are open, it is through at
-once: no window is better than another. Where one window, unseen, is open, agents that keep both of their ways earn
-nearly all that can be had, and agents that settle on one of them half.
+At each try an agent draws one of two windows of its own, and nearly always hits it. As all are open, the team is
+through at once: no window is better than another. Where one window, unseen, is open, agents that keep both of their
+ways earn nearly all that can be had, and agents that settle on one of them half.
 """
 
 import shutil
@@ -27,9 +27,11 @@ def make_data() -> None:
     ones = np.ones((EPISODES, 2, 1), np.float32)
     action = windows(None, ones, np.random.default_rng(0), 2)(ones).astype(np.float32)  # [episodes, 2, 1]
     missed = place(action[..., 0]) == len(WINDOWS)  # [episodes, 2]
-    through = ~missed.all(1, keepdims=True)
+    through = ~missed.all(1, keepdims=True)  # [episodes, 1]
     reward = through - WALL * missed
-    rows = dict(obs=ones, acs=action, rews=reward, next_obs=0 * ones, dones=np.ones_like(reward))  # next: none
+    rows = dict(
+        obs=ones, acs=action, rews=reward, next_obs=0 * ones, dones=np.ones_like(reward)
+    )  # which end every episode
     try:
         if all(
             (np.load(FOLDER / f"{x}_{i}.npy") == rows[x][:, i].astype(np.float32)).all() for x in rows for i in (0, 1)
