@@ -37,10 +37,7 @@ from common.envs import BadInput, find_task, offers_shift
 
 RESULTS = where = ROOT / "runs" / "results"  # the second: where this process looks, see --results
 PROGRAMS = {"omad": omad, "dom2": dom2}
-TRIED = (
-    "gamma q_weight cql_weight cql_own thresholds top_quantile policy_hidden critic_hidden policy_lr q_lr time_power "
-)
-TRIED += "act_noise"
+TRIED = "gamma q_weight cql_weight cql_own thresholds policy_hidden critic_hidden policy_lr q_lr time_power act_noise"
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,6 @@ Start states are those of `--evaluate RUN --seed 1000`. Rows go to runs/results/
 """
 
 import sys
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -44,13 +43,6 @@ CONTROLLERS = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Options:
-    """Returns of controllers that learn nothing."""
-
-    only: tuple[Literal[tuple(CONTROLLERS)], ...] = tuple(CONTROLLERS)  # these tasks
-
-
 def play(env_id: str, controller, episodes: int, seed: int, **options: str) -> np.ndarray:
     """Team returns [episodes]; `options` are those of `make_env`."""
     envs = make_vec(env_id, episodes, **options)
@@ -71,10 +63,11 @@ def measure(env_id: str) -> None:
             record(RESULTS / "controllers.csv", key, **numbers)
 
 
-def main(argv: list[str] | None = None) -> None:
-    for env_id in tyro.cli(Options, args=argv).only:
+def main(only: tuple[Literal[tuple(CONTROLLERS)], ...] = tuple(CONTROLLERS)) -> None:
+    """Returns of controllers that learn nothing, on these tasks."""
+    for env_id in only:
         measure(env_id)
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main)

@@ -58,10 +58,8 @@ def belief(run: Path) -> tuple[dict, dict]:
     inside = dict(observation=args.observation, prey=args.prey)
     agent = dom2.DOM2(make_env(config["env_id"], **inside), args, torch.device("cpu"))
     agent.load_state_dict(saved["agent"])
-    envs, act = (
-        make_vec(config["env_id"], 10 if task.own_state else 200, **inside),
-        dom2.make_act(agent.slow_policy, args),
-    )
+    envs = make_vec(config["env_id"], 10 if task.own_state else 200, **inside)
+    act = dom2.make_act(agent.slow_policy, args)
     torch.manual_seed(FRESH)
     obs, _ = envs.reset(seed=FRESH)
     believed, rewards, actions = [], [], []

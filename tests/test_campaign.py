@@ -28,9 +28,8 @@ FREE |= {"list_tasks", "env_id", "dataset", "total_updates", "eval_every"}
 def test_what_is_committed_was_made_with_the_flags_and_presets_of_today(tmp_path, monkeypatch):
     """Every run under runs/results belongs to an experiment, and has its arguments."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / campaign.SOURCES["omar_simple_spread_6-assignments"]["flags"].split()[1]).mkdir(
-        parents=True
-    )  # a preset looks whether it is there
+    for source in campaign.SOURCES.values():
+        (tmp_path / source["flags"].split()[1]).mkdir(parents=True)  # a preset looks whether it is there
     declared = {(run.place, run.seed): run for run in campaign.declared()}
     found = [path.with_name("config.json") for path in sorted(campaign.RESULTS.rglob("fresh.csv"))]  # finished runs
     assert len(found) > 250

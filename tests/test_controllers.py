@@ -113,7 +113,7 @@ def test_rows_take_the_place_of_older_ones(results, monkeypatch):
 
     monkeypatch.setattr(controllers, "play", play)
     tasks = ("mpe_simple_spread", "omar_simple_spread_6", "mamujoco_ant_2x4")
-    controllers.main(["--only", *tasks])
+    controllers.main(tasks)
     before = results("controllers.csv")
     assert before[1] == dict(
         task=tasks[0],
@@ -127,7 +127,7 @@ def test_rows_take_the_place_of_older_ones(results, monkeypatch):
     settings = [("mpe_simple_spread", 1000, fresh, "")] * 3 + [("mamujoco_ant_2x4", 20, fresh, "")] * 2
     settings[3:3] = [(tasks[1], 1000, fresh, shift) for shift in ("", "fewer") for _ in range(3)]
     assert asked == settings
-    controllers.main(["--only", tasks[1]])
+    controllers.main(tasks[1:2])
     after = results("controllers.csv")
     assert len(after) == 11 and after[:3] + after[9:] == before[:3] + before[9:]
     key = lambda row: list(row.values())[:3]

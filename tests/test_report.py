@@ -112,6 +112,8 @@ def test_verdicts_offline(results, monkeypatch):
     assert verdict(claims[0]) == "no"
     offline(results, (9000, 9001), (9, 10), (9, 10), shifted={"imitation": (9999, 9999)})
     assert [verdict(claim) for claim in claims][3] == "no"
+    results["modes", "dom2"], results["modes", "deterministic"] = {"usual": (0.8, 0.81)}, {"usual": (0.5, 0.51)}
+    assert verdict("keeps several ways") == "yes"
 
 
 def test_variants_are_compared_with_the_default_after_the_same_number_of_steps(monkeypatch):
