@@ -8,7 +8,6 @@ and walks there, a little noisily. So an agent that stands still at the start ha
 mean is none.
 """
 
-import shutil
 import sys
 from pathlib import Path
 
@@ -19,6 +18,7 @@ sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 from common.datasets import DATA
 from common.envs import make_vec
 from scripts import BEST, choose, landmarks, noisy, script
+from writer import save_arrays
 
 TASK, FOLDER = "omar_simple_spread_6", DATA / "simple_spread_6" / "assignments" / "seed_0_data"
 EPISODES = 20_000
@@ -50,14 +50,8 @@ def make_data() -> None:
         obs = next_obs
         if not step and begins_with(rows):
             return print(f"data      {FOLDER}: there already")
-    scratch = FOLDER.with_name(FOLDER.name + ".tmp")
-    scratch.mkdir(parents=True, exist_ok=True)
-    for name, steps in rows.items():
-        whole = np.stack(steps, 1, dtype=np.float32)  # [episodes, 25, 3, ...]
-        for i in range(3):
-            np.save(scratch / f"{name}_{i}.npy", whole[:, :, i].reshape(EPISODES * 25, *whole.shape[3:]))
-    shutil.rmtree(FOLDER, ignore_errors=True)
-    scratch.rename(FOLDER)
+    whole = {name: np.stack(steps, 1, dtype=np.float32) for name, steps in rows.items()}  # [episodes, 25, 3, ...]
+    save_arrays(FOLDER, {name: values.reshape(EPISODES * 25, *values.shape[2:]) for name, values in whole.items()})
     print(f"data      {FOLDER}: return {info['episode']['r'].mean():.1f} ± {info['episode']['r'].std():.1f}")
 
 

@@ -7,7 +7,6 @@ through at once: no window is better than another. Where one window, unseen, is 
 ways earn nearly all that can be had, and agents that settle on one of them half.
 """
 
-import shutil
 import sys
 from pathlib import Path
 
@@ -18,6 +17,7 @@ sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 from common.datasets import DATA
 from common.doors import WALL, WINDOWS, place
 from scripts import windows
+from writer import save_arrays
 
 FOLDER, EPISODES = DATA / "doors_blind" / "pairs" / "seed_0_data", 100_000
 
@@ -29,23 +29,15 @@ def make_data() -> None:
     missed = place(action[..., 0]) == len(WINDOWS)  # [episodes, 2]
     through = ~missed.all(1, keepdims=True)  # [episodes, 1]
     reward = through - WALL * missed
-    rows = dict(
-        obs=ones, acs=action, rews=reward, next_obs=0 * ones, dones=np.ones_like(reward)
-    )  # which end every episode
+    done = np.ones_like(reward)  # every step ends its episode, so nothing comes next
+    rows = dict(obs=ones, acs=action, rews=reward, next_obs=0 * ones, dones=done)
+    there = lambda name, i: np.load(FOLDER / f"{name}_{i}.npy")
     try:
-        if all(
-            (np.load(FOLDER / f"{x}_{i}.npy") == rows[x][:, i].astype(np.float32)).all() for x in rows for i in (0, 1)
-        ):
+        if all(np.array_equal(there(x, i), rows[x][:, i].astype(np.float32)) for x in rows for i in (0, 1)):
             return print(f"data      {FOLDER}: there already")
     except (OSError, ValueError):
         pass
-    scratch = FOLDER.with_name(FOLDER.name + ".tmp")
-    scratch.mkdir(parents=True, exist_ok=True)
-    for name, values in rows.items():
-        for i in range(2):
-            np.save(scratch / f"{name}_{i}.npy", values[:, i].astype(np.float32))
-    shutil.rmtree(FOLDER, ignore_errors=True)
-    scratch.rename(FOLDER)
+    save_arrays(FOLDER, rows)
     print(f"data      {FOLDER}: return {reward.mean():.3f}")
 
 

@@ -109,6 +109,18 @@ class Writer:
         return card
 
 
+def save_arrays(folder: Path, rows: dict[str, np.ndarray]) -> None:
+    """A small data set without a card, at once: rows of each kind [T, N, ...], a file for each agent. Takes the place of
+    what is there."""
+    scratch = folder.with_name(folder.name + ".tmp")
+    scratch.mkdir(parents=True, exist_ok=True)
+    for name, values in rows.items():
+        for i in range(values.shape[1]):
+            np.save(scratch / f"{name}_{i}.npy", values[:, i].astype(np.float32))
+    shutil.rmtree(folder, ignore_errors=True)
+    scratch.rename(folder)
+
+
 def _write(path: Path, content: dict) -> None:
     """Under a temporary name first: after a crash the old file is still there."""
     temporary = path.with_suffix(".tmp")
