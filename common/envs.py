@@ -172,22 +172,28 @@ ROBOTS = {  # in gymnasium-robotics -> the partitions that listings show; of man
     "Hopper": ("3x1",), "Humanoid": ("9|8",), "HumanoidStandup": ("9|8",), "Reacher": ("2x1",), "Pusher": ("3p",),
     "ManySegmentSwimmer": ("10x2",), "ManySegmentAnt": ("2x3",),
 }  # fmt: skip
+EXTRAS = {  # what the state of a robot holds beside positions and velocities
+    "Ant": ["cfrc_ext"], **dict.fromkeys(("Humanoid", "HumanoidStandup"), ["cinert", "cvel", "qfrc_actuator", "cfrc_ext"])
+}  # fmt: skip
 
 
 def _mamujoco(scenario: str, partition: str) -> Task:
     """A robot whose actuators are shared out among agents."""
     kind = scenario.removeprefix("ManySegment")  # Ant or Swimmer
 
-    def make(render_mode=None, joints=None):
-        """joints: how far each agent sees. None: not at all, for callers that hand it the state (a third faster)."""
+    def make(render_mode=None, joints=None, motion=False):
+        """joints: how far each agent sees. None: not at all, for callers that hand it the state (a third faster).
+        motion: the state is positions and velocities only."""
         options = dict(local_categories=[[]], global_categories=()) if joints is None else {}
+        parts = {f"include_{extra}_in_observation": not motion for extra in EXTRAS.get(kind, ())}
         if scenario != kind:  # upstream writes the robot's file into the installed package, where two processes collide
             generator = {"Ant": many_segment_ant, "Swimmer": many_segment_swimmer}[kind]
             with tempfile.TemporaryDirectory() as folder:
                 path = os.path.join(folder, "robot.xml")
                 generator.gen_asset(n_segs=math.prod(map(int, partition.split("x"))), asset_path=path)
-                options["gym_env"] = gym.make(f"{kind}-v5", xml_file=path, render_mode=render_mode)
-        return mamujoco_v1.parallel_env(scenario, partition, agent_obsk=joints or 0, render_mode=render_mode, **options)
+                options["gym_env"] = gym.make(f"{kind}-v5", xml_file=path, render_mode=render_mode, **parts)
+        options |= dict(agent_obsk=joints or 0, render_mode=render_mode)
+        return mamujoco_v1.parallel_env(scenario, partition, **options, **parts)
 
     parts = [len(part) for part in get_parts_and_edges(scenario, partition)[0]]
     share = f"{parts[0]} each" if len(set(parts)) == 1 else " + ".join(map(str, parts))
@@ -248,8 +254,8 @@ def task_table() -> str:
 def check_options(env_id: str, observation: str, prey: str, shift: str) -> tuple[Task, Mapping[str, Opponent]]:
     """The task and its opponents. Raises `BadInput` for an option that it does not have, see `make_env`."""
     task, robot = find_task(env_id), env_id.startswith("mamujoco_")
-    if observation and not re.fullmatch(r"full|k\d" if robot else "own", observation):
-        offer = "'full', 'k0', 'k1' ... 'k9'" if robot else "'own' only"
+    if observation and not re.fullmatch(r"full|motion|k\d" if robot else "own", observation):
+        offer = "'full', 'motion', 'k0', 'k1' ... 'k9'" if robot else "'own' only"
         raise BadInput(f"--observation {observation!r}: {env_id} offers {offer}")
     if shift not in ("", *task.shifts):
         offer = f"can be shifted by {' or '.join(map(repr, task.shifts))} only" if task.shifts else "cannot be shifted"
@@ -265,8 +271,9 @@ def make_env(env_id: str, observation="", render_mode: str | None = None, prey="
     Args:
         env_id: a name that `find_task` knows.
         observation: what each agent sees. "own": what the environment gives it, the only setting of MPE and of OMAR's
-            tasks. MaMuJoCo: "full" is the whole state and a one-hot agent id (HARL's setting), "k0", "k1", ... its own
-            joints and those at most k joints away. "" stands for "own" or, in MaMuJoCo, for "full".
+            tasks. MaMuJoCo: "full" is the whole state and a one-hot agent id (HARL's setting), "motion" the same without
+            an Ant's or a Humanoid's forces and inertias, which the critic does not see then either; "k0", "k1", ... its
+            own joints and those at most k joints away. "" stands for "own" or, in MaMuJoCo, for "full".
         render_mode: None or "rgb_array".
         prey: a file with the prey's network, for OMAR's tag and world; "" for the project's own.
         shift: how the environment differs from the one that policies were trained for; "" not at all. "speed" (OMAR's
@@ -278,7 +285,8 @@ def make_env(env_id: str, observation="", render_mode: str | None = None, prey="
     task, opponents = check_options(env_id, observation, prey, shift)
     if env_id.startswith("mamujoco_"):
         joints = int(observation[1:]) if observation.startswith("k") else None
-        env = TeamEnv(task.make(render_mode=render_mode, joints=joints), own_state=True, observe_state=joints is None)
+        robot = task.make(render_mode=render_mode, joints=joints, motion=observation == "motion")
+        env = TeamEnv(robot, own_state=True, observe_state=joints is None)
     else:
         inside = {"shift": shift} if task.scenario else {}
         env = TeamEnv(task.make(render_mode=render_mode, **inside), opponents, own_state=task.own_state)
