@@ -489,7 +489,7 @@ def animation() -> list[Image.Image]:
 finished = lambda of: ["runs/results/controllers.csv", *(f"runs/results/{of}/**/*{x}" for x in ("csv", "data.json"))]
 FIGURES: dict[str, tuple[Iterable[str], Callable]] = {  # picture -> the files that it shows, what draws it
     "runs/results/spread.png": (finished("spread"), lambda: curves("spread", MPE)),
-    "runs/results/robots.png": (finished("robots"), lambda: curves("robots", CHEETAH, WALKER)),
+    "runs/results/robots.png": (finished("robots"), lambda: curves("robots", CHEETAH, WALKER, ANT)),
     "runs/results/doors.png": ((f"runs/policies/{DOORS}.pt",), doors_figure),
     "runs/results/offline.png": ([*finished("offline"), "datasets/cards/*.json"], offline_figure),
     "runs/results/shift.png": (finished("offline"), shift_figure),
