@@ -4,10 +4,11 @@
 
 Of dom2.py, a row of runs/results/belief.csv: where it falls short, is it critics or policies? Means over steps of what
 the critics (the smaller of the two averaged ones) `believed` of what policies did, and what they `earned`, the
-discounted rewards that followed, with the critics' belief behind the end (mean weight `end`); the mean size of an
-`action`'s entries, the share beyond 0.99 (`edge`); over 10,000 rows of the data, what critics believe of the actions in
-them (`data`) and of the policies' `own`. Of omad.py, a row of entropy.csv: means over states of an episode of the
-`bound` that training counts, on the joint entropy of all actions in nats, and of the `entropy`, estimated from samples.
+discounted rewards that followed, with the critics' belief behind the end; the share of an action's entries beyond 0.99
+(`edge`); over 10,000 rows of the data, what critics believe of the actions in them (`data`) and of the policies' `own`.
+Of omad.py, a row of entropy.csv: means over states of an episode of the `bound` that training counts, on the joint
+entropy of all actions in nats, and of the `entropy`, estimated from samples; of robots that walk in a plane, how many
+`squares` of 1 m² the torso was in while training.
 """
 
 import sys
@@ -69,14 +70,10 @@ def belief(run: Path) -> tuple[dict, dict]:
         obs, _, _, _, info = envs.step(actions[-1])
         rewards.append(info["agent_rewards"].astype(np.float64))
     earned = to_go(np.array(rewards), args.gamma, believe(agent, obs, act(obs)))
-    weight = to_go(np.zeros(len(rewards)), args.gamma, 1.0)
     rows = np.sort(np.random.default_rng(0).choice(len(data.obs), min(10_000, len(data.obs)), replace=False))
-    seen, done, size = data.obs[rows], np.clip(data.actions[rows], -1, 1), np.abs(actions)
-    numbers = dict(
-        return_mean=np.sum(rewards, 0).mean(), believed=np.mean(believed), earned=earned.mean(), end=np.mean(weight),
-        data=believe(agent, seen, done).mean(), own=believe(agent, seen, act(seen)).mean(),
-        action=size.mean(), edge=(size > 0.99).mean(),
-    )  # fmt: skip
+    seen, done, edge = data.obs[rows], np.clip(data.actions[rows], -1, 1), (np.abs(actions) > 0.99).mean()
+    numbers = dict(return_mean=np.sum(rewards, 0).mean(), believed=np.mean(believed), earned=earned.mean())
+    numbers |= dict(data=believe(agent, seen, done).mean(), own=believe(agent, seen, act(seen)).mean(), edge=edge)
     return dict(dataset="-".join(Path(args.dataset).parts[-3:]), policy=args.policy, seed=args.seed), numbers
 
 
@@ -106,8 +103,9 @@ def noise(run: Path, states: int = 20, samples: int = 4000) -> tuple[dict, dict]
         parts = [estimate(x[:, i, :size].numpy()) for i, size in enumerate(saved["action_sizes"])]
         bounds.append(-cost.sum(1).mean())
         entropies.append(sum(parts) + torch.log1p(-(action**2) + 1e-15).sum((1, 2)).mean())
-    names = ("env_id", "policy", "denoising_steps", "seed")
-    return {key: vars(args)[key] for key in names}, dict(bound=np.mean(bounds), entropy=np.mean(entropies))
+    key = {name: vars(args)[name] for name in ("env_id", "policy", "denoising_steps", "seed")}
+    numbers, places = dict(bound=np.mean(bounds), entropy=np.mean(entropies)), run / "torso_xy.npy"
+    return key, numbers | ({"squares": len(np.unique(np.floor(np.load(places)), axis=0))} if places.exists() else {})
 
 
 def main(runs: tyro.conf.Positional[tuple[Path, ...]]) -> int:

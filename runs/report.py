@@ -50,7 +50,7 @@ NAMES |= {f"{task}-{split}": f"{NAMES[task]}, {split}" for task in SCORES for sp
 TIMED = NAMES | {"omad": "OMAD", "growth": "N agents", "diffusion": "K = 8", "unet": "K = 5"}
 TIMED |= {"critic update": "critics' update", "act in 1": "one decision", "act in 256": "256 decisions at once"}
 MARGINS = {MPE: 8, DOORS: 1.5}  # above standing still; in blind doors that is above the best policies with one mode
-CHAIN = {CHEETAH: ("robots", 30_000), WALKER: ("robots", 135_000), ANT: ("robots", 60_000)}  # who has runs of the preset
+CHAIN = {CHEETAH: ("robots", 30_000), WALKER: ("robots", 135_000), ANT: ("robots", 60_000)}  # of the preset
 LEVELS = {MPE: -13.0, CHEETAH: 5300.0, ANT: 5400.0, WALKER: 4000.0}  # of HARL's HATD3: published.csv
 CPU = "One core of a shared two-core virtual machine (AMD EPYC), no GPU"  # of all runs that do not say their machine
 name = lambda key: NAMES.get(key, key)
@@ -378,6 +378,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "omad-others": lambda: online("others", *dict.fromkeys(run.on for run in campaign.declared(("others",)))),
     "omad-entropy": lambda: plain("entropy", {"task": "{env_id}", "policy": "{policy}", "seed": "{seed:.0f}",
                                               "bound": "{bound:.1f}", "entropy": "{entropy:.1f}"}),
+    "omad-coverage": lambda: plain("entropy", {"task": "{env_id}", "policy": "{policy}", "seed": "{seed:.0f}",
+                                               "squares of 1 m²": "{squares:,.0f}"}, lambda row: row.get("squares")),
     "omad-doors": lambda: online("doors", DOORS), "omad-robots": lambda: online("robots", CHEETAH, WALKER, ANT),
     "omad-chain": lambda: compared("chain", CHAIN),
     "omad-ablations": lambda: compared("ablations", {CHEETAH: ("robots", 30_000), MPE: ("spread", 200_000)}),
@@ -413,7 +415,7 @@ def curves(experiment: str, *tasks: str) -> Figure:
                 returns = np.stack([run.curve["return_mean"] for run in runs])  # [seeds, evaluations]
                 x = np.mean([run.curve[by] for run in runs], 0) / (1000 if by == "step" else 60)
                 low, high = zip(*(interval(values) for values in returns.T))
-                axis.plot(x, [iqm(values) for values in returns.T], f"C{k}", label=f"{name(policy)}, {len(runs)} seeds")
+                axis.plot(x, [iqm(values) for values in returns.T], f"C{k}", label=f"{name(policy)}, n = {len(runs)}")
                 axis.fill_between(x, low, high, color=f"C{k}", alpha=0.2, lw=0)
             hatd3 = (task, "HATD3 after 200k steps" if task == MPE else "HATD3 after 3M steps", LEVELS[task])
             for who, level in [(who, level) for on, who, level in [*scale, hatd3] if on == task]:
