@@ -48,7 +48,7 @@ class Args:
     """OMAD: online multi-agent RL with diffusion policies. Defaults are those of the chosen task."""
 
     env_id: str = "mpe_simple_spread"  # the task; --list-tasks prints them
-    observation: str = "own"  # own; in MaMuJoCo full (state and id), motion (no forces), or joints k0, k1, ... away
+    observation: str = "own"  # own; in MaMuJoCo full (state and id), motion (joints, id), or joints k0, k1, ... away
     prey: str = ""  # omar_simple_tag, _world: file of the prey's network (OMAR's pretrained_adv_model.pt), else our own
     seed: int = 1  # seed of everything random: networks, environments, noise, replay
     total_timesteps: int = 3_000_000  # environment steps, all environments together
@@ -115,9 +115,9 @@ OWN = {  # what else a task has [deviation D1]; in MaMuJoCo a robot, with all it
     "omar_halfcheetah_2x3": dict(
         v_min=-500.0, v_max=500.0, total_timesteps=500_000, num_envs=10, updates_per_step=0.1, eval_every=10_000,
         eval_episodes=10, learning_starts=10_000, gamma=0.99, policy_hidden=128, critic_hidden=256, bn_warmup=100_000),
-    "mamujoco_halfcheetah": dict(v_min=-2000.0, v_max=2000.0), "mamujoco_humanoid": dict(v_min=-1500.0, v_max=1500.0),
+    "mamujoco_halfcheetah": dict(v_min=-2000.0, v_max=2000.0), "mamujoco_humanoidstandup": dict(v_min=-3e4, v_max=3e4),
     **dict.fromkeys(("mamujoco_ant", "mamujoco_manysegmentant"), dict(observation="motion")),  # [deviation D9]
-    "mamujoco_humanoidstandup": dict(v_min=-3e4, v_max=3e4), "mamujoco_swimmer": dict(v_min=-50, v_max=50, alpha=0.1),
+    "mamujoco_humanoid": dict(v_min=-1.5e3, v_max=1.5e3), "mamujoco_swimmer": dict(v_min=-50.0, v_max=50.0, alpha=0.1),
     "mamujoco_manysegmentswimmer": dict(v_min=-100.0, v_max=100.0, alpha=0.01),
     "mamujoco_reacher": dict(v_min=-50.0, v_max=50.0, alpha=0.1, eval_every=10_000, total_timesteps=300_000),
     "mamujoco_pusher": dict(v_min=-200.0, v_max=200.0, alpha=0.1, eval_every=10_000, total_timesteps=300_000),

@@ -172,7 +172,7 @@ ROBOTS = {  # in gymnasium-robotics -> the partitions that listings show; of man
     "Hopper": ("3x1",), "Humanoid": ("9|8",), "HumanoidStandup": ("9|8",), "Reacher": ("2x1",), "Pusher": ("3p",),
     "ManySegmentSwimmer": ("10x2",), "ManySegmentAnt": ("2x3",),
 }  # fmt: skip
-EXTRAS = {  # what the state of a robot holds beside positions and velocities
+EXTRAS = {  # what the state of a robot holds beside the positions and velocities of its joints
     "Ant": ["cfrc_ext"], **dict.fromkeys(("Humanoid", "HumanoidStandup"), ["cinert", "cvel", "qfrc_actuator", "cfrc_ext"])
 }  # fmt: skip
 
@@ -183,17 +183,17 @@ def _mamujoco(scenario: str, partition: str) -> Task:
 
     def make(render_mode=None, joints=None, motion=False):
         """joints: how far each agent sees. None: not at all, for callers that hand it the state (a third faster).
-        motion: the state is positions and velocities only."""
+        motion: the state is positions and velocities of joints only."""
         options = dict(local_categories=[[]], global_categories=()) if joints is None else {}
-        parts = {f"include_{extra}_in_observation": not motion for extra in EXTRAS.get(kind, ())}
+        extras = {f"include_{extra}_in_observation": not motion for extra in EXTRAS.get(kind, ())}
         if scenario != kind:  # upstream writes the robot's file into the installed package, where two processes collide
             generator = {"Ant": many_segment_ant, "Swimmer": many_segment_swimmer}[kind]
             with tempfile.TemporaryDirectory() as folder:
                 path = os.path.join(folder, "robot.xml")
                 generator.gen_asset(n_segs=math.prod(map(int, partition.split("x"))), asset_path=path)
-                options["gym_env"] = gym.make(f"{kind}-v5", xml_file=path, render_mode=render_mode, **parts)
+                options["gym_env"] = gym.make(f"{kind}-v5", xml_file=path, render_mode=render_mode, **extras)
         options |= dict(agent_obsk=joints or 0, render_mode=render_mode)
-        return mamujoco_v1.parallel_env(scenario, partition, **options, **parts)
+        return mamujoco_v1.parallel_env(scenario, partition, **options, **extras)
 
     parts = [len(part) for part in get_parts_and_edges(scenario, partition)[0]]
     share = f"{parts[0]} each" if len(set(parts)) == 1 else " + ".join(map(str, parts))
@@ -243,8 +243,9 @@ def task_table() -> str:
         env, task = make_env(env_id), find_task(env_id)
         sizes = f"{env.num_agents:6}  {brief(env.obs_sizes):16} {brief(env.action_sizes):20} {env.state_size:5}"
         lines.append(f"{env_id:33} {sizes}  {task.horizon:5}  {task.description}")
-    lines.append("MaMuJoCo's observations are those of --observation full. Robots named manysegment... take any number")
-    lines.append("of agents x segments. Quote names with a | in them. Defaults: python omad.py --help --env-id TASK")
+    lines.append("MaMuJoCo's observations and states are those of --observation full; omad.py's default for Ants, motion,")
+    lines.append("leaves contact forces out. Robots named manysegment... take any number of agents x segments. Names with")
+    lines.append("a | in them need quotes. Defaults: python omad.py --help --env-id TASK")
     return "\n".join(lines)
 
 
@@ -272,8 +273,9 @@ def make_env(env_id: str, observation="", render_mode: str | None = None, prey="
         env_id: a name that `find_task` knows.
         observation: what each agent sees. "own": what the environment gives it, the only setting of MPE and of OMAR's
             tasks. MaMuJoCo: "full" is the whole state and a one-hot agent id (HARL's setting), "motion" the same without
-            an Ant's or a Humanoid's forces and inertias, which the critic does not see then either; "k0", "k1", ... its
-            own joints and those at most k joints away. "" stands for "own" or, in MaMuJoCo, for "full".
+            what is neither position nor velocity of a joint, as an Ant's contact forces: the critic does not see it then
+            either; "k0", "k1", ... its own joints and those at most k joints
+            away. "" stands for "own" or, in MaMuJoCo, for "full".
         render_mode: None or "rgb_array".
         prey: a file with the prey's network, for OMAR's tag and world; "" for the project's own.
         shift: how the environment differs from the one that policies were trained for; "" not at all. "speed" (OMAR's

@@ -47,7 +47,8 @@ def load_behaviour(env_id: str, level: str, folder: Path = POLICIES) -> tuple[to
         about = json.loads(path.with_suffix(".json").read_bytes())
         if about["format"] != FORMAT:
             raise ValueError(f"of format {about['format']}, not {FORMAT}")
-        env, args = make_env(env_id), omad.Args(**about["args"])
+        args = omad.Args(**about["args"])
+        env = make_env(env_id, args.observation)
         policy = omad.POLICIES[args.policy](env.obs_sizes, env.action_sizes, args)
         policy.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # anything, in a file that is damaged

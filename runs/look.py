@@ -7,8 +7,8 @@ the critics (the smaller of the two averaged ones) `believed` of what policies d
 discounted rewards that followed, with the critics' belief behind the end; the share of an action's entries beyond 0.99
 (`edge`); over 10,000 rows of the data, what critics believe of the actions in them (`data`) and of the policies' `own`.
 Of omad.py, a row of entropy.csv: means over states of an episode of the `bound` that training counts, on the joint
-entropy of all actions in nats, and of the `entropy`, estimated from samples; of robots that walk in a plane, how many
-`squares` of 1 m² the torso was in while training.
+entropy of all actions in nats, and of the `entropy`, estimated from samples; of robots that move in x and y, how
+many `squares` of 1 m² the torso was in while training.
 """
 
 import sys
@@ -103,7 +103,8 @@ def noise(run: Path, states: int = 20, samples: int = 4000) -> tuple[dict, dict]
         parts = [estimate(x[:, i, :size].numpy()) for i, size in enumerate(saved["action_sizes"])]
         bounds.append(-cost.sum(1).mean())
         entropies.append(sum(parts) + torch.log1p(-(action**2) + 1e-15).sum((1, 2)).mean())
-    key = {name: vars(args)[name] for name in ("env_id", "policy", "denoising_steps", "seed")}
+    names = ("env_id", "observation", "policy", "denoising_steps", "total_timesteps", "seed")
+    key = {name: vars(args)[name] for name in names}
     numbers, places = dict(bound=np.mean(bounds), entropy=np.mean(entropies)), run / "torso_xy.npy"
     return key, numbers | ({"squares": len(np.unique(np.floor(np.load(places)), axis=0))} if places.exists() else {})
 

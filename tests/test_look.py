@@ -132,7 +132,7 @@ def test_entropy_of_an_online_run(policy, results, tmp_path, monkeypatch):
     monkeypatch.setattr(look, "noise", partial(look.noise, states=3, samples=2000))
     assert look.main((run,)) == 0
     (row,) = csv.DictReader(results.with_name("entropy.csv").open())
-    assert list(row.values())[:4] == ["mpe_simple_spread", policy, "4", "3"] and not results.exists()
+    assert list(row.values())[:6] == ["mpe_simple_spread", "own", policy, "4", "320", "3"] and not results.exists()
     bound, entropy = float(row["bound"]), float(row["entropy"])
     assert row["squares"] == "4"
     assert -0.2 < entropy - bound < (0.2 if policy == "gaussian" else 0.6) and bound < -6

@@ -95,6 +95,17 @@ def test_wrapper_equals_upstream(env_id, observation):
                 break
 
 
+@pytest.mark.parametrize("robot_name", ["ant_2x4", "manysegmentant_2x3", "humanoid_9|8", "humanoidstandup_9|8"])
+def test_motion_is_the_joints_positions_and_velocities(robot_name):
+    env = make_env(f"mamujoco_{robot_name}", "motion")
+    env.reset(seed=0)
+    obs, *_, info = env.step(env.action_space.sample())
+    data = robot(env).data
+    joints = np.concatenate([data.qpos[2:], data.qvel]).astype(np.float32)  # without the place in the plane
+    np.testing.assert_array_equal(info["state"], joints)
+    np.testing.assert_array_equal(obs, np.hstack([np.tile(joints, (2, 1)), np.eye(2)]))
+
+
 @pytest.mark.parametrize("env_id", ACTUATORS)
 def test_partitions_reach_the_right_actuators(env_id):
     """Each agent's every number moves one actuator, the right one, over that actuator's whole range."""
