@@ -243,9 +243,9 @@ def task_table() -> str:
         env, task = make_env(env_id), find_task(env_id)
         sizes = f"{env.num_agents:6}  {brief(env.obs_sizes):16} {brief(env.action_sizes):20} {env.state_size:5}"
         lines.append(f"{env_id:33} {sizes}  {task.horizon:5}  {task.description}")
-    lines.append("MaMuJoCo's observations and states are those of --observation full; omad.py's default for Ants, motion,")
-    lines.append("leaves contact forces out. Robots named manysegment... take any number of agents x segments. Names with")
-    lines.append("a | in them need quotes. Defaults: python omad.py --help --env-id TASK")
+    lines.append("MaMuJoCo's observations and states are those of --observation full; omad.py's default for Ants,")
+    lines.append("motion, leaves contact forces out. Robots named manysegment... take any number of agents x segments.")
+    lines.append("Names with a | in them need quotes. Defaults: python omad.py --help --env-id TASK")
     return "\n".join(lines)
 
 
