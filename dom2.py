@@ -52,7 +52,7 @@ class Args:
     env_id: str = ""  # the task of a folder whose path and card do not say it
     data_seed: int = 0  # of a data set made here: the seed it was made with
     data_fraction: float = 1.0  # share of its episodes to learn from, drawn with --seed
-    observation: str = ""  # what an agent sees in evaluations, "" is full or own; see omad.py. As in the data
+    observation: str = ""  # what an agent sees in evaluations, as in the data; see omad.py. "": own, MaMuJoCo full
     prey: str = ""  # omar_simple_tag, _world: file of the prey's network in evaluations, else our own
     seed: int = 1  # seed of everything random: networks, batches, noise, evaluations
     total_updates: int = 4_000  # gradient steps

@@ -48,7 +48,7 @@ class Args:
     """OMAD: online multi-agent RL with diffusion policies. Defaults are those of the chosen task."""
 
     env_id: str = "mpe_simple_spread"  # the task; --list-tasks prints them
-    observation: str = "own"  # own; in MaMuJoCo full (state and id), motion (joints, id), or joints k0, k1, ... away
+    observation: str = "own"  # what an agent sees: own; in MaMuJoCo full, motion (no forces), k0, k1, ... joints away
     prey: str = ""  # omar_simple_tag, _world: file of the prey's network (OMAR's pretrained_adv_model.pt), else our own
     seed: int = 1  # seed of everything random: networks, environments, noise, replay
     total_timesteps: int = 3_000_000  # environment steps, all environments together

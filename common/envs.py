@@ -173,8 +173,9 @@ ROBOTS = {  # in gymnasium-robotics -> the partitions that listings show; of man
     "ManySegmentSwimmer": ("10x2",), "ManySegmentAnt": ("2x3",),
 }  # fmt: skip
 EXTRAS = {  # what the state of a robot holds beside the positions and velocities of its joints
-    "Ant": ["cfrc_ext"], **dict.fromkeys(("Humanoid", "HumanoidStandup"), ["cinert", "cvel", "qfrc_actuator", "cfrc_ext"])
-}  # fmt: skip
+    "Ant": ["cfrc_ext"],
+    **dict.fromkeys(("Humanoid", "HumanoidStandup"), ["cinert", "cvel", "qfrc_actuator", "cfrc_ext"]),
+}
 
 
 def _mamujoco(scenario: str, partition: str) -> Task:
@@ -184,7 +185,8 @@ def _mamujoco(scenario: str, partition: str) -> Task:
     def make(render_mode=None, joints=None, motion=False):
         """joints: how far each agent sees. None: not at all, for callers that hand it the state (a third faster).
         motion: the state is positions and velocities of joints only."""
-        options = dict(local_categories=[[]], global_categories=()) if joints is None else {}
+        options = dict(agent_obsk=joints or 0, render_mode=render_mode)
+        options |= dict(local_categories=[[]], global_categories=()) if joints is None else {}
         extras = {f"include_{extra}_in_observation": not motion for extra in EXTRAS.get(kind, ())}
         if scenario != kind:  # upstream writes the robot's file into the installed package, where two processes collide
             generator = {"Ant": many_segment_ant, "Swimmer": many_segment_swimmer}[kind]
@@ -192,7 +194,6 @@ def _mamujoco(scenario: str, partition: str) -> Task:
                 path = os.path.join(folder, "robot.xml")
                 generator.gen_asset(n_segs=math.prod(map(int, partition.split("x"))), asset_path=path)
                 options["gym_env"] = gym.make(f"{kind}-v5", xml_file=path, render_mode=render_mode, **extras)
-        options |= dict(agent_obsk=joints or 0, render_mode=render_mode)
         return mamujoco_v1.parallel_env(scenario, partition, **options, **extras)
 
     parts = [len(part) for part in get_parts_and_edges(scenario, partition)[0]]
@@ -272,10 +273,9 @@ def make_env(env_id: str, observation="", render_mode: str | None = None, prey="
     Args:
         env_id: a name that `find_task` knows.
         observation: what each agent sees. "own": what the environment gives it, the only setting of MPE and of OMAR's
-            tasks. MaMuJoCo: "full" is the whole state and a one-hot agent id (HARL's setting), "motion" the same without
-            what is neither position nor velocity of a joint, as an Ant's contact forces: the critic does not see it then
-            either; "k0", "k1", ... its own joints and those at most k joints
-            away. "" stands for "own" or, in MaMuJoCo, for "full".
+            tasks. MaMuJoCo: "full" is the whole state and a one-hot agent id (HARL's setting); "motion" the same, but
+            of the state only positions and velocities of joints, no contact forces of an Ant, for the critic too;
+            "k0", "k1", ... its own joints and those at most k joints away. "" is "own" or, in MaMuJoCo, "full".
         render_mode: None or "rgb_array".
         prey: a file with the prey's network, for OMAR's tag and world; "" for the project's own.
         shift: how the environment differs from the one that policies were trained for; "" not at all. "speed" (OMAR's

@@ -17,7 +17,7 @@ sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 from common.datasets import DATA
 from common.doors import WALL, WINDOWS, place
 from scripts import windows
-from writer import save_arrays
+from writer import has_arrays, save_arrays
 
 FOLDER, EPISODES = DATA / "doors_blind" / "pairs" / "seed_0_data", 100_000
 
@@ -31,12 +31,8 @@ def make_data() -> None:
     reward = through - WALL * missed
     done = np.ones_like(reward)  # every step ends its episode, so nothing comes next
     rows = dict(obs=ones, acs=action, rews=reward, next_obs=0 * ones, dones=done)
-    there = lambda name, i: np.load(FOLDER / f"{name}_{i}.npy")
-    try:
-        if all(np.array_equal(there(x, i), rows[x][:, i].astype(np.float32)) for x in rows for i in (0, 1)):
-            return print(f"data      {FOLDER}: there already")
-    except (OSError, ValueError):
-        pass
+    if has_arrays(FOLDER, rows):
+        return print(f"data      {FOLDER}: there already")
     save_arrays(FOLDER, rows)
     print(f"data      {FOLDER}: return {reward.mean():.3f}")
 
