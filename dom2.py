@@ -105,7 +105,7 @@ TASKS = {SPREAD: NAVIGATION, TAG: CHASE, WORLD: CHASE, CHEETAH: ROBOT}
 WEIGHTS = {  # eta and zeta, for random, random-medium, medium-replay, medium, medium-expert and expert data
     TAG: ((4.0, 1.0), (0.4, 16.0), (0.4, 16.0), (0.2, 16.0), (0.0125, 16.0), (0.0125, 16.0)),
     WORLD: ((4.0, 0.25), (0.4, 16.0), (0.4, 16.0), (0.8, 16.0), (0.0125, 16.0), (0.0125, 16.0)),
-    CHEETAH: ((128.0, 32.0), (4.0, 32.0), (4.0, 2.0), (1.0, 8.0), (1.0, 8.0), (2.0, 8.0)),
+    CHEETAH: ((128.0, 32.0), (4.0, 32.0), (4.0, 2.0), (1.0, 8.0), (1.0, 8.0), (0.05, 8.0)),
 }
 CROWDED = dict(policy_lr=1e-3, q_lr=3e-3, q_weight=480.0, cql_weight=0.5, time_power=1.0, act_noise=1.0)
 OTHERS = {
@@ -113,8 +113,8 @@ OTHERS = {
     f"{TAG}-random": dict(policy_lr=3e-3, total_updates=8_000),
     f"{WORLD}-random": dict(policy_lr=3e-3, total_updates=8_000, cql_own=False),
     **dict.fromkeys((f"{TAG}-random-medium", f"{TAG}-medium-replay", f"{CHEETAH}-medium"), dict(thresholds=8)),
-    f"{WORLD}-medium-replay": dict(thresholds=8),
-}
+    f"{WORLD}-medium-replay": dict(thresholds=8), f"{CHEETAH}-expert": dict(act_noise=0.5),
+}  # fmt: skip
 
 
 def preset(dataset: str, env_id: str = "") -> Args:

@@ -890,7 +890,7 @@ def test_presets_follow_task_and_split(data, tmp_path):
         "omar_simple_tag-medium-replay": chase | dict(q_weight=0.4, thresholds=8),
         "omar_simple_world-random": dict(policy_lr=3e-3, total_updates=8_000, q_weight=4.0, cql_weight=0.25),
         "omar_halfcheetah_2x3-medium": robot | dict(cql_own=True, cql_weight=8.0, thresholds=8),
-        "omar_halfcheetah_2x3-expert": robot | dict(cql_own=True, cql_weight=8.0, q_weight=2.0),
+        "omar_halfcheetah_2x3-expert": robot | dict(cql_own=True, cql_weight=8.0, q_weight=0.05, act_noise=0.5),
     }.items():
         assert dom2.preset(name) == dom2.Args(name, **values)
     folder = shutil.copytree(data, tmp_path / "cheetah" / "things")
