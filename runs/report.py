@@ -527,7 +527,7 @@ def main(check: bool = False) -> int:
             first, *rest = draw()
             first.save(ROOT / picture, save_all=True, append_images=rest, duration=90, loop=0, comment=wanted)
         elif not check:
-            draw().savefig(ROOT / picture, dpi=110, metadata={"Description": wanted})
+            draw().savefig(ROOT / picture, dpi=100, metadata={"Description": wanted})
     print("\n".join(f"{'differs' if check else 'written'}: {file}" for file in differ) or "all as it should be")
     return int(check and bool(differ))
 
