@@ -382,7 +382,7 @@ TABLES: dict[str, Callable[[], str]] = {
                                                "steps": "{total_timesteps:,.0f}", "squares of 1 m²": "{squares:,.0f}"},
                                    lambda row: row["squares"]),
     "omad-doors": lambda: online("doors", DOORS), "omad-robots": lambda: online("robots", CHEETAH, WALKER, ANT),
-    "omad-chain": lambda: compared("chain", CHAIN),
+    "omad-chain": lambda: compared("chain", {MPE: ("spread", 200_000)} | CHAIN),
     "omad-ablations": lambda: compared("ablations", {CHEETAH: ("robots", 30_000), MPE: ("spread", 200_000)}),
     "omad-scripts": lambda: plain("controllers", CONTROLLER | {"episodes": "{episodes:,.0f}"},
                                   lambda row: not row["task"].startswith("omar")),
