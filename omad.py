@@ -100,9 +100,8 @@ MPE = dict(
 )  # fmt: skip
 # OMAR's tasks, which make offline data, and doors [deviation D1]: steps of many copies cost almost nothing.
 OMAR = MPE | dict(total_timesteps=100_000, num_envs=32, updates_per_step=0.0625, eval_every=4_000, alpha=0.1)
-# MaMuJoCo has the sizes of the paper and of DIME, which want a GPU. Supports are symmetric: values then start at 0.
-SUITES = {"mpe": MPE, "mamujoco": dict(observation="full"), "omar": OMAR, "doors": OMAR}
-OWN = {  # what else a task has [deviation D1]; in MaMuJoCo a robot, with all its partitions
+SUITES = {"mpe": MPE, "mamujoco": dict(observation="full"), "omar": OMAR, "doors": OMAR}  # mamujoco: the papers' sizes
+OWN = {  # what else a task has [deviation D1]; in MaMuJoCo a robot, with all partitions. Values start amid the support
     **dict.fromkeys(("mpe_simple", "mpe_simple_speaker_listener"), dict(v_min=-90.0)),
     **dict.fromkeys(("mpe_simple_spread_n4", "mpe_simple_reference"), dict(v_min=-60.0)),
     "doors_blind": dict(
@@ -117,7 +116,8 @@ OWN = {  # what else a task has [deviation D1]; in MaMuJoCo a robot, with all it
         eval_episodes=10, learning_starts=10_000, gamma=0.99, policy_hidden=128, critic_hidden=256, bn_warmup=100_000),
     "mamujoco_halfcheetah": dict(v_min=-2000.0, v_max=2000.0), "mamujoco_humanoidstandup": dict(v_min=-3e4, v_max=3e4),
     **dict.fromkeys(("mamujoco_ant", "mamujoco_manysegmentant"), dict(observation="motion")),  # [deviation D9]
-    "mamujoco_humanoid": dict(v_min=-1.5e3, v_max=1.5e3), "mamujoco_swimmer": dict(v_min=-50.0, v_max=50.0, alpha=0.1),
+    "mamujoco_humanoid": dict(v_min=-1.5e3, v_max=1.5e3),
+    "mamujoco_swimmer": dict(gamma=0.998, v_min=-200.0, v_max=200.0, alpha=0.1),
     "mamujoco_manysegmentswimmer": dict(v_min=-100.0, v_max=100.0, alpha=0.01),
     "mamujoco_reacher": dict(v_min=-50.0, v_max=50.0, alpha=0.1, eval_every=10_000, total_timesteps=300_000),
     "mamujoco_pusher": dict(v_min=-200.0, v_max=200.0, alpha=0.1, eval_every=10_000, total_timesteps=300_000),
