@@ -113,7 +113,8 @@ OTHERS = {
     f"{TAG}-random": dict(policy_lr=3e-3, total_updates=8_000),
     f"{WORLD}-random": dict(policy_lr=3e-3, total_updates=8_000, cql_own=False),
     **dict.fromkeys((f"{TAG}-random-medium", f"{TAG}-medium-replay", f"{CHEETAH}-medium"), dict(thresholds=8)),
-    f"{WORLD}-medium-replay": dict(thresholds=8), f"{CHEETAH}-expert": dict(act_noise=0.5),
+    f"{WORLD}-medium-replay": dict(thresholds=8),
+    f"{CHEETAH}-expert": dict(act_noise=0.5),
 }  # fmt: skip
 
 
@@ -349,9 +350,7 @@ class DOM2(nn.Module):
         value, scale = self.critic(obs, action).amin(0), spread  # [N, rows], [N]
         if not self.args.has("E4"):
             scale = self.critic(obs, batch["action"][:, : self.q_rows]).amin(0).abs().mean(-1).detach()
-        eta = (
-            1.0 if self.args.policy == "deterministic" else self.args.q_weight
-        )  # the only term: its weight hardly matters to Adam
+        eta = self.args.q_weight if self.args.policy == "diffusion" else 1.0  # alone, its weight hardly matters to Adam
         loss = -(eta * value.mean(-1) / scale.clamp(min=1e-6)).sum()
         logs = {"losses/value": loss.detach(), "diag/policy_value": value.detach().mean()}
         return loss, logs | {"diag/action_saturation": (action.detach().abs() > 0.99).float().mean()}
