@@ -33,7 +33,7 @@ BOTH = {"random": uniform, "standing still": still}
 CONTROLLERS = {
     **dict.fromkeys(("mpe_simple_spread", "mpe_simple_spread_n4"), BOTH | {"scripted": spread}),
     "doors_blind": BOTH | {"one window each": partial(windows, count=1), "two windows each": partial(windows, count=2)},
-    **dict.fromkeys(("mamujoco_halfcheetah_2x3", "mamujoco_ant_2x4", "mamujoco_walker2d_2x3"), BOTH),
+    **{f"mamujoco_{robot}": BOTH for robot in ("halfcheetah_2x3", "ant_2x4", "walker2d_2x3", "swimmer_2x1")},
     **{task: dict(random=uniform, straight=partial(pursuit, count=n), scripted=partial(pursuit, count=n, constants=c))
        for task, (n, c) in PURSUIT.items()},
     "omar_simple_spread": {"random": uniform, "fixed assignment": partial(spread, gain=16.0, fixed=True),
