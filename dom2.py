@@ -350,7 +350,7 @@ class DOM2(nn.Module):
         value, scale = self.critic(obs, action).amin(0), spread  # [N, rows], [N]
         if not self.args.has("E4"):
             scale = self.critic(obs, batch["action"][:, : self.q_rows]).amin(0).abs().mean(-1).detach()
-        eta = self.args.q_weight if self.args.policy == "diffusion" else 1.0  # alone, its weight hardly matters to Adam
+        eta = self.args.q_weight if self.args.policy == "diffusion" else 1.0  # the only loss: Adam hardly sees a factor
         loss = -(eta * value.mean(-1) / scale.clamp(min=1e-6)).sum()
         logs = {"losses/value": loss.detach(), "diag/policy_value": value.detach().mean()}
         return loss, logs | {"diag/action_saturation": (action.detach().abs() > 0.99).float().mean()}

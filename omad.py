@@ -100,8 +100,8 @@ MPE = dict(
 )  # fmt: skip
 # OMAR's tasks, which make offline data, and doors [deviation D1]: steps of many copies cost almost nothing.
 OMAR = MPE | dict(total_timesteps=100_000, num_envs=32, updates_per_step=0.0625, eval_every=4_000, alpha=0.1)
-SUITES = {"mpe": MPE, "mamujoco": dict(observation="full"), "omar": OMAR, "doors": OMAR}  # mamujoco: the papers' sizes
-OWN = {  # what else a task has [deviation D1]; in MaMuJoCo a robot, with all partitions. Values start amid the support
+SUITES = {"mpe": MPE, "mamujoco": dict(observation="full"), "omar": OMAR, "doors": OMAR}  # mamujoco: as Args, for a GPU
+OWN = {  # what else a task has [deviation D1]; in MaMuJoCo a robot, with all its partitions
     **dict.fromkeys(("mpe_simple", "mpe_simple_speaker_listener"), dict(v_min=-90.0)),
     **dict.fromkeys(("mpe_simple_spread_n4", "mpe_simple_reference"), dict(v_min=-60.0)),
     "doors_blind": dict(

@@ -50,7 +50,8 @@ NAMES |= {f"{task}-{split}": f"{NAMES[task]}, {split}" for task in SCORES for sp
 TIMED = NAMES | {"omad": "OMAD", "growth": "N agents", "diffusion": "K = 8", "unet": "K = 5"}
 TIMED |= {"critic update": "critics' update", "act in 1": "one decision", "act in 256": "256 decisions at once"}
 MARGINS = {MPE: 8, DOORS: 1.5}  # above standing still; in blind doors that is above the best policies with one mode
-CHAIN = {CHEETAH: ("robots", 30_000), WALKER: ("robots", 135_000), ANT: ("robots", 60_000)}  # of the preset
+CHAIN = {MPE: ("spread", 200_000), CHEETAH: ("robots", 30_000), WALKER: ("robots", 135_000), ANT: ("robots", 60_000)}
+CHAIN |= {"mamujoco_swimmer_2x1": ("others", 100_000)}  # which runs of the preset to compare with, after how many steps
 LEVELS = {MPE: -13.0, CHEETAH: 5300.0, ANT: 5400.0, WALKER: 4000.0}  # of HARL's HATD3: published.csv
 CPU = "One core of a shared two-core virtual machine (AMD EPYC), no GPU"  # of all runs that do not say their machine
 name = lambda key: NAMES.get(key, key)
@@ -216,7 +217,7 @@ def compared(experiment: str, tasks: dict[str, tuple[str, int]]) -> str:
             values = [run.curve["return_mean"][np.searchsorted(run.curve["step"], steps)] for run in used[-1]]
             row.append(cell(np.array(values), places(task)))
         rows.append(row)
-    head = [f"{name(task)}: evaluation after {steps:,} steps" for task, (_, steps) in tasks.items()]
+    head = [f"{name(task)}, {steps:,} steps" for task, (_, steps) in tasks.items()]
     return table(["variant", *head], rows, made(sum(used, []))) if any(used[2 * len(tasks) :]) else "Not run yet."
 
 
@@ -382,7 +383,7 @@ TABLES: dict[str, Callable[[], str]] = {
                                                "steps": "{total_timesteps:,.0f}", "squares of 1 m²": "{squares:,.0f}"},
                                    lambda row: row["squares"]),
     "omad-doors": lambda: online("doors", DOORS), "omad-robots": lambda: online("robots", CHEETAH, WALKER, ANT),
-    "omad-chain": lambda: compared("chain", {MPE: ("spread", 200_000)} | CHAIN),
+    "omad-chain": lambda: compared("chain", CHAIN),
     "omad-ablations": lambda: compared("ablations", {CHEETAH: ("robots", 30_000), MPE: ("spread", 200_000)}),
     "omad-scripts": lambda: plain("controllers", CONTROLLER | {"episodes": "{episodes:,.0f}"},
                                   lambda row: not row["task"].startswith("omar")),

@@ -388,12 +388,12 @@ def test_presets_fit_their_tasks(env_id):
     args = omad.parse(["--env-id", env_id])
     assert args.v_min < 0 < args.v_max and args.env_id == env_id
     if env_id.startswith("mamujoco_"):
-        paper = dict(
+        wanted = dict(
             observation="motion" if "ant" in env_id.split("_")[1] else "full", policy_hidden=256, critic_hidden=2048,
             updates_per_step=2, n_atoms=100, denoising_steps=8, batch_size=256, policy_lr=3e-4, q_lr=3e-4,
-            gamma=0.998 if "_swimmer" in env_id else 0.99, buffer_size=1_000_000,
+            gamma=0.998 if "mamujoco_swimmer" in env_id else 0.99, buffer_size=1_000_000,
         )  # fmt: skip
-        assert {name: getattr(args, name) for name in paper} == paper and args.v_min == -args.v_max
+        assert {name: getattr(args, name) for name in wanted} == wanted and args.v_min == -args.v_max
 
 
 @pytest.mark.parametrize(
