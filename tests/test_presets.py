@@ -31,7 +31,7 @@ def test_what_robots_that_fall_have(name):
         ("omar_simple_spread", -600, 600), ("omar_simple_spread_6", -600, 600), ("omar_simple_tag", -300, 300),
         ("omar_halfcheetah_2x3", -500, 500), ("mamujoco_halfcheetah_2x3", -2000, 2000),
         ("mamujoco_halfcheetah_6x1", -2000, 2000), ("mamujoco_ant_4x2", -1000, 1000),
-        ("mamujoco_manysegmentswimmer_10x2", -100, 100), ("mamujoco_swimmer_2x1", -200, 200),
+        ("mamujoco_manysegmentswimmer_10x2", -100, 100), ("mamujoco_manysegmentswimmer_3x7", -100, 100),
         ("mamujoco_manysegmentant_4x4", -1000, 1000), ("mamujoco_humanoidstandup_9|8", -30_000, 30_000),
     ],
 )  # fmt: skip
