@@ -99,10 +99,9 @@ def offline(dataset: str, setting: str = "usual") -> list[np.ndarray]:
 def data_return(dataset: str) -> float:
     """Mean return of the data that the runs learned from. Stops if runs that are compared learned from unequal ones."""
     own = RESULTS / "offline" / dataset / "data.json"  # of older runs, whose config.json does not say it
-    known = (
-        json.loads(own.read_text())["return_mean"] if own.exists() else cards.read_cards()[dataset]["return"]["mean"]
-    )
-    compared = [run for run in campaign.declared(("offline", "updates", "deviations")) if run.on == dataset]
+    card = cards.read_cards()[dataset]["return"]["mean"]
+    known = json.loads(own.read_text())["return_mean"] if own.exists() else card
+    compared = [run for run in campaign.declared(("offline", "updates", "deviations", "long")) if run.on == dataset]
     runs = [run for of in compared for run in read(of.experiment, dataset, of.place.name)]
     found = sorted({round(run.config.get("data_return", known), 2) for run in runs}) or [known]
     if len(found) > 1:
@@ -256,22 +255,21 @@ def dom2_returns(experiment: str) -> str:
     return table([*head, "best"], [*rows, totals], note, made(used)) if rows else "Not run yet."
 
 
-def deviations() -> str:
-    """The paper's form in the place of each deviation, and whether it is worse or better than DOM2's runs."""
-    known, word = campaign.declared(("deviations",)), {"win": " worse", "loss": " better"}
-    sets, rows = {run.on: data_return(run.on) for run in known}, []
-    rows.append(["none: DOM2", *(cell(fresh("offline", on, "dom2"), 0) for on in sets)])
+def variants(experiment: str, head: str, reference: tuple[str, str], usual: dict[str, str]) -> str:
+    """A row for each variant, and whether it is worse or better than `reference`; first some methods of `offline`."""
+    known, word = campaign.declared((experiment,)), {"win": " worse", "loss": " better"}
+    sets = {run.on: data_return(run.on) for run in known}
+    rows = [[first, *(cell(fresh("offline", on, method), 0) for on in sets)] for first, method in usual.items()]
     for variant, place in {run.variant: run.place.name for run in known}.items():
-        values = [(fresh("offline", on, "dom2"), fresh("deviations", on, place)) for on in sets]
-        rows.append([variant, *(cell(theirs, 0) + word.get(welch(ours, theirs), "") for ours, theirs in values)])
-    used = [run for run in known for run in read("deviations", run.on, run.place.name)]
-    return table(["without", *map(name, sets)], rows, made(used)) if used else "Not run yet."
+        values = [(fresh(reference[0], on, reference[1]), fresh(experiment, on, place)) for on in sets]
+        rows.append([name(variant), *(cell(theirs, 0) + word.get(welch(ours, theirs), "") for ours, theirs in values)])
+    used = [run for run in known for run in read(experiment, run.on, run.place.name)]
+    return table([head, *map(name, sets)], rows, made(used)) if used else "Not run yet."
 
 
 def dom2_summary() -> str:
     """Over all data sets."""
-    scores = {method: normalised(method) for method in METHODS}
-    rows = []
+    scores, rows = {method: normalised(method) for method in METHODS}, []
     for method, own in scores.items():
         took = minutes(*(run for dataset in DATA for run in read("offline", dataset, method)))
         compared = ["", ""]
@@ -390,7 +388,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "omad-published": lambda: plain("published", {"task": "{task}", "who": "{who}", "return": "{return_mean:,.0f}",
                                                   "source": "{source}"}),
     "dom2-updates": lambda: dom2_returns("updates"), "dom2-returns": lambda: dom2_returns("offline"),
-    "dom2-summary": dom2_summary, "dom2-shift": dom2_shift, "dom2-modes": dom2_modes, "dom2-deviations": deviations,
+    "dom2-summary": dom2_summary, "dom2-shift": dom2_shift, "dom2-modes": dom2_modes,
+    "dom2-deviations": lambda: variants("deviations", "without", ("offline", "dom2"), {"none: DOM2": "dom2"}),
+    "dom2-long": lambda: variants("long", "runs", ("long", "dom2"), {f"{name(m)}, preset": m for m in METHODS[::2]}),
     "dom2-data": lambda: table(["share of the episodes", *map(name, METHODS)],
                                [[f"{share} %", *map(cell, values)] for share, values in shares().items()]),
     "dom2-belief": lambda: plain("belief", {

@@ -173,7 +173,7 @@ def test_every_table_stands_in_one_document():
 
 
 def test_runs_on_unequal_data_are_not_compared(results, monkeypatch):
-    known = {"offline": {"data_return": 206.004}, "updates": {"data_return": 206.0}, "deviations": {}}
+    known = {"offline": {"data_return": 206.004}, "updates": {"data_return": 206.0}, "deviations": {}, "long": {}}
     monkeypatch.setattr(
         report, "read", lambda of, on, method: [report.Result("x", known[of], {}, {})] * bool(known[of])
     )
@@ -200,6 +200,21 @@ def test_deviations_are_compared_with_the_default(results):
     assert "| spread, medium | tag, expert |" in head and rows["none: DOM2"] == "11 [10, 12] (3)"
     assert rows["E4"] == "2 [1, 3] (3) worse" and rows["E10"] == "21 [20, 22] (3) better"
     assert rows["E6"] == "11 [10, 12] (2)" and rows["E1"] == "–"
+
+
+def test_longer_runs_are_compared_with_each_other(results):
+    assert report.TABLES["dom2-long"]() == "Not run yet."
+    results["offline", "dom2"], results["long", "dom2"] = {"usual": (1, 2, 3)}, {"usual": (10, 11, 12)}
+    results["offline", "deterministic"], results["long", "deterministic"] = {"usual": (4,)}, {"usual": (20, 21, 22)}
+    results["long", "baseline_as_many_updates"] = {"usual": (1, 2, 3)}
+    lines = report.TABLES["dom2-long"]().partition("\n\n")[0].splitlines()[2:]
+    assert [line.split(" | ")[:2] for line in lines] == [
+        ["| DOM2, preset", "2 [1, 3] (3)"],
+        ["| baseline, preset", "4 (1)"],
+        ["| DOM2", "11 [10, 12] (3)"],
+        ["| baseline", "21 [20, 22] (3) better"],
+        ["| baseline, as many updates", "2 [1, 3] (3) worse"],
+    ]
 
 
 def test_several_ways_have_their_scripts_beside_them(results):
