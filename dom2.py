@@ -186,7 +186,7 @@ class DiffusionPolicy(nn.Module):
         wide, joined = max(128, hidden), max(64, hidden // 4)  # of the observation's layers; of where time joins them
         real = torch.arange(a) < torch.tensor(action_sizes)[:, None]  # [N, A]
         self.register_buffer("action_mask", real.float()[:, None], persistent=False)  # [N, 1, A]
-        self.register_buffer("obs_mean", torch.zeros(n, o))  # `forward` wants standardised observations: `make_act`
+        self.register_buffer("obs_mean", torch.zeros(n, o))  # of the data; `forward` wants what `make_act` gives it
         self.register_buffer("obs_std", torch.ones(n, o))
         self.register_buffer("frequency", torch.randn(16) * 16)  # random Fourier features of time
         self.obs1, self.obs2 = ParallelLinear(n, o, wide, torch.tensor(obs_sizes)), ParallelLinear(n, wide, wide)
@@ -223,7 +223,7 @@ class DiffusionPolicy(nn.Module):
 
             x_t = (alpha_t / alpha_s) x_s - sigma_t (exp(lambda_t - lambda_s) - 1) eps,   lambda = log(alpha / sigma)
 
-        It is x_t = alpha_t a + sigma_t eps, a the action that eps implies, and a can be kept in the box [deviation E2].
+        It is x_t = alpha_t a + sigma_t eps. The a that eps implies is kept in the box, and eps follows [deviation E2].
         The network predicts v = alpha_s eps - sigma_s a instead [deviation E6], and a = alpha_s x_s - sigma_s v."""
         x, conditions = noise * self.action_mask, self.condition(obs, self.times[:-1, None]).unbind(1)
         for k, (condition, alpha, sigma) in enumerate(zip(conditions, self.alpha, self.sigma)):
@@ -475,7 +475,7 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def make_act(policy: nn.Module, args: Args = Args()) -> Callable[[np.ndarray], np.ndarray]:
+def make_act(policy: nn.Module, args: Args) -> Callable[[np.ndarray], np.ndarray]:
     """Decentralised execution, sampled: a function of observations [E, N, O] to actions [E, N, A]."""
     device, chain = policy.action_mask.device, lambda obs, noise: policy(obs, noise)
     chain = graphed(torch.compile(chain) if args.compile else chain, args.cuda_graph and device.type == "cuda")

@@ -73,8 +73,8 @@ class Args:
     policy_lr: float = 3e-4  # learning rate of the policies
     q_lr: float = 3e-4  # learning rate of the critics
     lr_decay: bool = False  # let policy_lr and q_lr fall to zero along half a cosine [deviation D8]
-    policy: Literal["diffusion", "dime", "gaussian"] = "diffusion"  # dime: DIME's chain, made for K = 8; or Gaussians
-    denoising_steps: int = 8  # K, steps from noise to action
+    policy: Literal["diffusion", "dime", "gaussian"] = "diffusion"  # dime: DIME's chain, made for K = 16; or Gaussians
+    denoising_steps: int = 8  # K, steps from noise to action; Gaussians have none
     last_noise: bool = True  # actions with the noise of the last step; --no-last-noise is meant for --evaluate
     policy_hidden: int = 256  # H, width of each agent's network
     time_power: float = 1.0  # step k is at time 1 - (1 - k / K)^power: above 1, less noise in the last steps
@@ -155,7 +155,7 @@ class DiffusionPolicy(nn.Module):
         n, o, a, hidden = len(obs_sizes), max(obs_sizes), max(action_sizes), args.policy_hidden
         real = torch.arange(a) < torch.tensor(action_sizes)[:, None]  # [N, A]
         self.register_buffer("action_mask", real.float()[:, None], persistent=False)  # [N, 1, A]
-        # The first layer: of x, of o (once a chain), and a bias for each step for H embedded entries [deviation D3].
+        # First layer: of x, of o (once a chain), and, for H entries that would embed the step, a bias [deviation D3].
         self.in_x = ParallelLinear(n, a, hidden, args.x_scale * math.sqrt(a / (a + o + hidden)))
         self.in_obs = ParallelLinear(n, o, hidden, math.sqrt(o / (a + o + hidden)))
         self.in_step = nn.Parameter(0.5 * torch.randn(n, args.denoising_steps, hidden))
@@ -170,7 +170,7 @@ class DiffusionPolicy(nn.Module):
             schedule = 0.999 * torch.cos(math.pi / 2 * (0.008 + time[:-1]) / 1.008) ** 2 + 0.001  # tiny last [DIME]
             self.register_buffer("schedule", args.denoising_steps / self.steps * schedule, persistent=False)
         else:
-            self.log_s = nn.Parameter(torch.full([n, 1, a], math.log(0.2) / 5))  # a fifth: Adam moves s faster
+            self.log_s = nn.Parameter(torch.full([n, 1, a], math.log(0.2) / 5))  # log(s) / 5: so Adam moves s faster
             self.register_buffer("signal", torch.cos(0.485 * math.pi * (1 - time) ** args.time_power), persistent=False)
 
     def coefficients(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -201,7 +201,7 @@ class DiffusionPolicy(nn.Module):
             log w = sum_k [log N(x_k; back_k x_{k+1}, wide_k) - log N(x_{k+1}; keep_k x_k + gain_k u, var_k)]"""
         noise = noise.transpose(1, 2) * self.action_mask  # [K + 1, N, B, A]
         keep, gain, var, back, wide = self.coefficients()
-        # u = h w + b of `out`, so x_{k+1} = keep x_k + h (gain w) + (gain b + noise). What needs no x is computed here.
+        # u = h w + b of `out`, so x_{k+1} = keep x_k + h (gain w) + (gain b + sqrt(var) noise). First what needs no x.
         gain = gain * self.action_mask
         bias0 = self.in_obs(obs.transpose(0, 1)) + self.in_x.bias + self.in_step[:, self.index, None].transpose(0, 1)
         out_ws = gain * self.out.weight  # [K, N, H, A]

@@ -73,7 +73,7 @@ class Task:
     description: str
     horizon: int = 25  # steps of the longest episode
     opponents: Mapping[str, Opponent] = field(default_factory=dict)  # agents outside the team, and each one's script
-    own_state: bool = False  # a robot: the joint state is the environment's own, not all observations
+    own_state: bool = False  # the joint state is the environment's own, not all observations
     terminates: bool = False  # an episode can end before its last step, by a fall
     scenario: str = ""  # of `common/omar.py`, where many copies are arrays
     shifts: tuple[str, ...] = ()  # how the environment can differ from the usual one, see `make_env`
@@ -344,7 +344,7 @@ def make_vec(env_id: str, num_envs: int, observation="", processes: bool | None 
     make = lambda: gym.wrappers.RecordEpisodeStatistics(make_env(env_id, observation, prey=prey, shift=shift))
     disabled = gym.vector.AutoresetMode.DISABLED
     if processes is None:
-        processes = task.own_state and 1 < num_envs <= 64 and cores() >= 4
+        processes = task.own_state and env_id != "doors_blind" and 1 < num_envs <= 64 and cores() >= 4
     if processes:
         return gym.vector.AsyncVectorEnv([make] * num_envs, autoreset_mode=disabled, max_concurrency=cores())
     return gym.vector.SyncVectorEnv([make] * num_envs, autoreset_mode=disabled)

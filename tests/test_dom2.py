@@ -496,7 +496,7 @@ def test_a_batch_is_rows_of_the_data_in_units_of_what_was_seen(data, spread, mon
     for policy in (learner.policy, learner.slow_policy):
         with torch.no_grad():
             want = policy(table.sample(torch.tensor([[3, 1999]] * 3))["obs"], policy.noise(2)).transpose(0, 1)
-        np.testing.assert_allclose(dom2.make_act(policy)(raw), want, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(dom2.make_act(policy, args())(raw), want, rtol=1e-4, atol=1e-5)
 
 
 def test_critics_start_where_the_data_are(data, spread):
