@@ -192,8 +192,8 @@ minutes = lambda *runs: number(np.mean([run.curve["wall_time_s"][-1] for run in 
 # Online ===============================================================================================================
 def online(experiment: str, *tasks: str) -> str:
     """A row for each task and policy."""
-    there = [(on, who, read(experiment, on, who)) for on in tasks for who in ("diffusion", "dime", "gaussian")]
-    rows, there = [], [known for known in there if known[2]]
+    known = {(run.on, run.variant): run.place.name for run in campaign.declared((experiment,)) if run.on in tasks}
+    rows, there = [], [(*key, runs) for key, folder in known.items() if (runs := read(experiment, key[0], folder))]
     for task, policy, runs in there:
         hits = [(run, np.flatnonzero(run.curve["return_mean"] >= LEVELS.get(task, np.inf))) for run in runs]
         times = [run.curve["wall_time_s"][hit[0]] / 60 for run, hit in hits if len(hit)]
