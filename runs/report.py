@@ -47,7 +47,7 @@ NAMES |= {f"mamujoco_{robot.lower().replace(' ', '_')}": robot for robot in ROBO
 NAMES |= {"diffusion": "OMAD", "dime": "DIME's chain", "gaussian": "Gaussian ablation"}
 NAMES |= {"dom2": "DOM2", "deterministic": "baseline", "dime, K = 4": "DIME's chain, K = 4"}
 NAMES |= {f"{task}-{split}": f"{NAMES[task]}, {split}" for task in SCORES for split in SPLITS}
-TIMED = NAMES | {"omad": "OMAD", "growth": "N agents", "diffusion": "K = 8", "unet": "K = 5"}
+TIMED = NAMES | {"omad": "OMAD", "growth": "N agents", "diffusion": "K = 4", "unet": "K = 5"}
 TIMED |= {"critic update": "critics' update", "act in 1": "one decision", "act in 256": "256 decisions at once"}
 MARGINS = {MPE: 8, DOORS: 1.5}  # above standing still; in blind doors that is above the best policies with one mode
 CHAIN = {MPE: ("spread", 200_000), CHEETAH: ("robots", 30_000), WALKER: ("robots", 135_000), ANT: ("robots", 60_000)}
@@ -99,11 +99,10 @@ def offline(dataset: str, setting: str = "usual") -> list[np.ndarray]:
 def data_return(dataset: str) -> float:
     """Mean return of the data that the runs learned from. Stops if runs that are compared learned from unequal ones."""
     own = RESULTS / "offline" / dataset / "data.json"  # of older runs, whose config.json does not say it
-    card = cards.read_cards()[dataset]["return"]["mean"]
-    known = json.loads(own.read_text())["return_mean"] if own.exists() else card
-    compared = [run for run in campaign.declared(("offline", "updates", "deviations", "long")) if run.on == dataset]
-    runs = [run for of in compared for run in read(of.experiment, dataset, of.place.name)]
-    found = sorted({round(run.config.get("data_return", known), 2) for run in runs}) or [known]
+    said = json.loads(own.read_text())["return_mean"] if own.exists() else cards.read_cards()[dataset]["return"]["mean"]
+    names = "offline", "updates", "deviations", "offline_long"
+    known = [read(run.experiment, dataset, run.place.name) for run in campaign.declared(names) if run.on == dataset]
+    found = sorted({round(run.config.get("data_return", said), 2) for runs in known for run in runs}) or [said]
     if len(found) > 1:
         raise SystemExit(f"report.py: {dataset}: runs that learned from unequal data do not compare: {found}")
     return found[0]
@@ -191,7 +190,7 @@ minutes = lambda *runs: number(np.mean([run.curve["wall_time_s"][-1] for run in 
 
 # Online ===============================================================================================================
 def online(experiment: str, *tasks: str) -> str:
-    """A row for each task and policy."""
+    """A row for each task and variant that has runs."""
     known = {(run.on, run.variant): run.place.name for run in campaign.declared((experiment,)) if run.on in tasks}
     rows, there = [], [(*key, runs) for key, folder in known.items() if (runs := read(experiment, key[0], folder))]
     for task, policy, runs in there:
@@ -264,7 +263,8 @@ def variants(experiment: str, head: str, reference: tuple[str, str], usual: dict
         values = [(fresh(reference[0], on, reference[1]), fresh(experiment, on, place)) for on in sets]
         rows.append([name(variant), *(cell(theirs, 0) + word.get(welch(ours, theirs), "") for ours, theirs in values)])
     used = [run for run in known for run in read(experiment, run.on, run.place.name)]
-    return table([head, *map(name, sets)], rows, made(used)) if used else "Not run yet."
+    beside = [run for on in sets for method in usual.values() for run in read("offline", on, method)]
+    return table([head, *map(name, sets)], rows, made(used + beside)) if used else "Not run yet."
 
 
 def dom2_summary() -> str:
@@ -390,7 +390,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "dom2-updates": lambda: dom2_returns("updates"), "dom2-returns": lambda: dom2_returns("offline"),
     "dom2-summary": dom2_summary, "dom2-shift": dom2_shift, "dom2-modes": dom2_modes,
     "dom2-deviations": lambda: variants("deviations", "without", ("offline", "dom2"), {"none: DOM2": "dom2"}),
-    "dom2-long": lambda: variants("long", "runs", ("long", "dom2"), {f"{name(m)}, preset": m for m in METHODS[::2]}),
+    "dom2-long": lambda: variants("offline_long", "runs", ("offline_long", "dom2"), {f"{name(m)}, preset": m for m in METHODS[::2]}),
     "dom2-data": lambda: table(["share of the episodes", *map(name, METHODS)],
                                [[f"{share} %", *map(cell, values)] for share, values in shares().items()]),
     "dom2-belief": lambda: plain("belief", {

@@ -116,6 +116,12 @@ def test_verdicts_offline(results, monkeypatch):
     assert verdict("keeps several ways") == "yes"
 
 
+def test_every_variant_with_runs_has_a_row(results):
+    results["longer", "diffusion"], results["longer", "OMAD_support_1000"] = {"usual": (1, 3)}, {"usual": (5,)}
+    rows = [line.split(" | ")[1:4] for line in report.TABLES["omad-longer"]().partition("\n\n")[0].splitlines()[2:]]
+    assert rows == [["OMAD", "10", "2 [1, 3] (2)"], ["OMAD, support ±1000", "10", "5 (1)"]]
+
+
 def test_variants_are_compared_with_the_default_after_the_same_number_of_steps(monkeypatch):
     known = {("spread", report.MPE, "diffusion"): (-9.0, -10.0, -11.0)}
 
@@ -142,7 +148,7 @@ def test_variants_are_compared_with_the_default_after_the_same_number_of_steps(m
 def test_times_are_said_once_in_plain_words():
     head, _, *lines = report.speed().splitlines()
     keys = [tuple(line.split(" | ")[:4]) for line in lines]
-    assert len(set(keys)) == len(keys) and "| OMAD | spread | K = 8 | one decision | 112 | 0.511 | 3% |" in lines
+    assert len(set(keys)) == len(keys) and "| OMAD | spread | K = 4 | one decision | 88 | 0.699 | 1% |" in lines
     assert not re.search("eager|_|omad|dom2|unet", " ".join(lines))
 
 
@@ -173,7 +179,12 @@ def test_every_table_stands_in_one_document():
 
 
 def test_runs_on_unequal_data_are_not_compared(results, monkeypatch):
-    known = {"offline": {"data_return": 206.004}, "updates": {"data_return": 206.0}, "deviations": {}, "long": {}}
+    known = {
+        "offline": {"data_return": 206.004},
+        "updates": {"data_return": 206.0},
+        "deviations": {},
+        "offline_long": {},
+    }
     monkeypatch.setattr(
         report, "read", lambda of, on, method: [report.Result("x", known[of], {}, {})] * bool(known[of])
     )
@@ -204,9 +215,12 @@ def test_deviations_are_compared_with_the_default(results):
 
 def test_longer_runs_are_compared_with_each_other(results):
     assert report.TABLES["dom2-long"]() == "Not run yet."
-    results["offline", "dom2"], results["long", "dom2"] = {"usual": (1, 2, 3)}, {"usual": (10, 11, 12)}
-    results["offline", "deterministic"], results["long", "deterministic"] = {"usual": (4,)}, {"usual": (20, 21, 22)}
-    results["long", "baseline_as_many_updates"] = {"usual": (1, 2, 3)}
+    results["offline", "dom2"], results["offline_long", "dom2"] = {"usual": (1, 2, 3)}, {"usual": (10, 11, 12)}
+    results["offline", "deterministic"], results["offline_long", "deterministic"] = (
+        {"usual": (4,)},
+        {"usual": (20, 21, 22)},
+    )
+    results["offline_long", "baseline_as_many_updates"] = {"usual": (1, 2, 3)}
     lines = report.TABLES["dom2-long"]().partition("\n\n")[0].splitlines()[2:]
     assert [line.split(" | ")[:2] for line in lines] == [
         ["| DOM2, preset", "2 [1, 3] (3)"],

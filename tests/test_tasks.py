@@ -210,6 +210,11 @@ def test_copies_in_processes_equal_copies_in_this_one():
         ours.close()
 
 
+def test_blind_doors_need_no_processes(monkeypatch):
+    monkeypatch.setattr(common.envs, "cores", lambda: 4)
+    assert isinstance(make_vec("doors_blind", 2), gym.vector.SyncVectorEnv)
+
+
 def test_many_segments_leave_nothing_behind_and_open_side_by_side():
     """Upstream writes their description into the installed package; ours goes to a temporary folder, so that processes do not meet."""
     folder = Path(mamujoco_v1.__file__).parent / "assets"
