@@ -98,7 +98,7 @@ def check_agents(
             rows = np.concatenate([np.arange(first, end) for first, end in part])
             _check_particles(folder, env_id, files, agents, rows[kept[rows]])
         return
-    for i in range(1, agents) if task.own_state and env_id != "doors_blind" else ():  # one reward, one state for all
+    for i in range(1, agents) if task.robot else ():  # one reward, one state for all
         for kind in ["rews"] + ["states", "next_states"] * ("states_0" in files):
             mine, first = files[f"{kind}_{i}"], files[f"{kind}_0"]
             for rows in _blocks(len(mine)):

@@ -74,6 +74,7 @@ class Task:
     horizon: int = 25  # steps of the longest episode
     opponents: Mapping[str, Opponent] = field(default_factory=dict)  # agents outside the team, and each one's script
     own_state: bool = False  # the joint state is the environment's own, not all observations
+    robot: bool = False  # simulated by MuJoCo: worth a process each; one reward for all agents
     terminates: bool = False  # an episode can end before its last step, by a fall
     scenario: str = ""  # of `common/omar.py`, where many copies are arrays
     shifts: tuple[str, ...] = ()  # how the environment can differ from the usual one, see `make_env`
@@ -161,6 +162,7 @@ TASKS |= {
         "HalfCheetah-v5, 6 actuators shared by 2 agents, each of which sees its own joints only",
         horizon=1000,
         own_state=True,
+        robot=True,
         shifts=tuple(ROBOT_SHIFTS),
     ),
 }
@@ -203,6 +205,7 @@ def _mamujoco(scenario: str, partition: str) -> Task:
         f"{scenario}-v5, {sum(parts)} actuators shared by {len(parts)} agents ({share})",
         gym.spec(f"{kind}-v5").max_episode_steps,
         own_state=True,
+        robot=True,
         terminates=kind in ("Ant", "Walker2d", "Hopper", "Humanoid"),
         shifts=tuple(ROBOT_SHIFTS) if kind == "HalfCheetah" else (),
     )
@@ -344,7 +347,7 @@ def make_vec(env_id: str, num_envs: int, observation="", processes: bool | None 
     make = lambda: gym.wrappers.RecordEpisodeStatistics(make_env(env_id, observation, prey=prey, shift=shift))
     disabled = gym.vector.AutoresetMode.DISABLED
     if processes is None:
-        processes = task.own_state and env_id != "doors_blind" and 1 < num_envs <= 64 and cores() >= 4
+        processes = task.robot and 1 < num_envs <= 64 and cores() >= 4
     if processes:
         return gym.vector.AsyncVectorEnv([make] * num_envs, autoreset_mode=disabled, max_concurrency=cores())
     return gym.vector.SyncVectorEnv([make] * num_envs, autoreset_mode=disabled)

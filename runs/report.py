@@ -185,14 +185,15 @@ def made(runs: list[Result]) -> str:
     return f"*{what}. {'; '.join(machines)}; {' to '.join(dict.fromkeys((days[0], days[-1])))}.*"
 
 
+folders = lambda experiment: {run.variant: run.place.name for run in campaign.declared((experiment,))}
 minutes = lambda *runs: number(np.mean([run.curve["wall_time_s"][-1] for run in runs]) / 60) if runs else "–"
 
 
 # Online ===============================================================================================================
 def online(experiment: str, *tasks: str) -> str:
     """A row for each task and variant that has runs."""
-    known = {(run.on, run.variant): run.place.name for run in campaign.declared((experiment,)) if run.on in tasks}
-    rows, there = [], [(*key, runs) for key, folder in known.items() if (runs := read(experiment, key[0], folder))]
+    known = [(on, who, read(experiment, on, folder)) for on in tasks for who, folder in folders(experiment).items()]
+    rows, there = [], [found for found in known if found[2]]
     for task, policy, runs in there:
         hits = [(run, np.flatnonzero(run.curve["return_mean"] >= LEVELS.get(task, np.inf))) for run in runs]
         times = [run.curve["wall_time_s"][hit[0]] / 60 for run, hit in hits if len(hit)]
@@ -208,7 +209,7 @@ def online(experiment: str, *tasks: str) -> str:
 def compared(experiment: str, tasks: dict[str, tuple[str, int]]) -> str:
     """A row for each variant, the two policies first: `tasks` says who has runs of those, and after how many steps."""
     rows, used, known = [], [], dict.fromkeys(("diffusion", "gaussian"))
-    for variant, folder in (known | {run.variant: run.place.name for run in campaign.declared((experiment,))}).items():
+    for variant, folder in (known | folders(experiment)).items():
         row = [name(variant)]
         for task, (other, steps) in tasks.items():
             used.append(read(experiment, task, folder) if folder else read(other, task, variant))
@@ -254,16 +255,16 @@ def dom2_returns(experiment: str) -> str:
     return table([*head, "best"], [*rows, totals], note, made(used)) if rows else "Not run yet."
 
 
-def variants(experiment: str, head: str, reference: tuple[str, str], usual: dict[str, str]) -> str:
-    """A row for each variant, and whether it is worse or better than `reference`; first some methods of `offline`."""
+def variants(experiment: str, head: str, reference: str, form: str, methods: Iterable[str]) -> str:
+    """First `methods` of `offline`, then each variant, and whether it is worse or better than DOM2 in `reference`."""
     known, word = campaign.declared((experiment,)), {"win": " worse", "loss": " better"}
     sets = {run.on: data_return(run.on) for run in known}
-    rows = [[first, *(cell(fresh("offline", on, method), 0) for on in sets)] for first, method in usual.items()]
-    for variant, place in {run.variant: run.place.name for run in known}.items():
-        values = [(fresh(reference[0], on, reference[1]), fresh(experiment, on, place)) for on in sets]
+    rows = [[form.format(name(m)), *(cell(fresh("offline", on, m), 0) for on in sets)] for m in methods]
+    for variant, place in folders(experiment).items():
+        values = [(fresh(reference, on, "dom2"), fresh(experiment, on, place)) for on in sets]
         rows.append([name(variant), *(cell(theirs, 0) + word.get(welch(ours, theirs), "") for ours, theirs in values)])
     used = [run for run in known for run in read(experiment, run.on, run.place.name)]
-    beside = [run for on in sets for method in usual.values() for run in read("offline", on, method)]
+    beside = [run for on in sets for method in methods for run in read("offline", on, method)]
     return table([head, *map(name, sets)], rows, made(used + beside)) if used else "Not run yet."
 
 
@@ -275,9 +276,8 @@ def dom2_summary() -> str:
         compared = ["", ""]
         if method != "dom2":
             low, high = interval(*scores["dom2"], *own, statistic=improvement)
-            verdicts = tally([against(dataset)[OTHERS.index(method)] for dataset in DATA])
             share = f"{improvement(*scores['dom2'], *own):.0%} [{low:.0%}, {high:.0%}]"
-            compared = [share, verdicts]
+            compared = [share, tally([against(dataset)[OTHERS.index(method)] for dataset in DATA])]
         rows.append([name(method), pooled(own), *compared, took])
     head = ["method", "normalised", "a run of DOM2 is better", "DOM2's wins – ties – losses", "minutes"]
     seeds = " to ".join(map(str, sorted({len(cells) for own in scores.values() for cells in own})))
@@ -389,8 +389,8 @@ TABLES: dict[str, Callable[[], str]] = {
                                                   "source": "{source}"}),
     "dom2-updates": lambda: dom2_returns("updates"), "dom2-returns": lambda: dom2_returns("offline"),
     "dom2-summary": dom2_summary, "dom2-shift": dom2_shift, "dom2-modes": dom2_modes,
-    "dom2-deviations": lambda: variants("deviations", "without", ("offline", "dom2"), {"none: DOM2": "dom2"}),
-    "dom2-long": lambda: variants("offline_long", "runs", ("offline_long", "dom2"), {f"{name(m)}, preset": m for m in METHODS[::2]}),
+    "dom2-deviations": lambda: variants("deviations", "without", "offline", "none: {}", METHODS[:1]),
+    "dom2-long": lambda: variants("offline_long", "runs", "offline_long", "{}, preset", METHODS[::2]),
     "dom2-data": lambda: table(["share of the episodes", *map(name, METHODS)],
                                [[f"{share} %", *map(cell, values)] for share, values in shares().items()]),
     "dom2-belief": lambda: plain("belief", {

@@ -1,6 +1,5 @@
 """What an update dispatches: counts are exact on any machine, and the time of small networks on a GPU is about their number."""
 
-import csv
 import dataclasses
 import sys
 
@@ -11,6 +10,7 @@ from common.envs import make_env
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "runs"))
+import campaign
 import dom2
 import omad
 import speed
@@ -35,7 +35,7 @@ def test_no_operation_is_for_nothing(program, network, what):
         steps, env_id = speed.dom2_steps, "omar_simple_spread"
     found = speed.count_operations(steps(make_env(env_id), args, torch.device("cpu"))[what].run)
     assert 0.9 * MOST[program, network, what] < found <= MOST[program, network, what]
-    rows = csv.DictReader((ROOT / "runs" / "results" / "speed_cpu.csv").open())  # measured with code like today's
+    rows = campaign.rows_of(campaign.RESULTS / "speed_cpu.csv")  # measured with code like today's
     task = env_id if program == "omad" else speed.Options.dataset
     measured = [
         float(row["operations"]) for row in rows if (row["label"], row["what"]) == (f"{program} {task} {network}", what)
