@@ -210,11 +210,14 @@ def compared(experiment: str, tasks: dict[str, tuple[str, int]]) -> str:
     """A row for each variant, the two policies first: `tasks` says who has runs of those, and after how many steps."""
     rows, used, known = [], [], dict.fromkeys(("diffusion", "gaussian"))
     for variant, folder in (known | folders(experiment)).items():
-        row = [name(variant)]
+        row, policy = [name(variant)], "gaussian" if "aussian" in variant else "diffusion"
         for task, (other, steps) in tasks.items():
             used.append(read(experiment, task, folder) if folder else read(other, task, variant))
-            values = [run.curve["return_mean"][np.searchsorted(run.curve["step"], steps)] for run in used[-1]]
-            row.append(cell(np.array(values), places(task)))
+            after = lambda run: run.curve["return_mean"][np.searchsorted(run.curve["step"], steps)]
+            default = {run.folder.split("__")[2]: after(run) for run in read(other, task, policy)}
+            same = np.array([default[seed] for run in used[-1] if (seed := run.folder.split("__")[2]) in default])
+            beside = f" · {number(iqm(same), places(task))}" if 0 < len(same) < len(default) else ""
+            row.append(cell(np.array([*map(after, used[-1])]), places(task)) + beside)
         rows.append(row)
     head = [f"{name(task)}, {steps:,} steps" for task, (_, steps) in tasks.items()]
     return table(["variant", *head], rows, made(sum(used, []))) if any(used[2 * len(tasks) :]) else "Not run yet."
@@ -246,11 +249,10 @@ def dom2_returns(experiment: str) -> str:
         values = [np.array([run.fresh["usual"] for run in of]) for of in runs]
         score = number(normalize(dataset.partition("-")[0], iqm(values[0])), 0)
         best = " · ".join(number(np.mean([run.curve["return_mean"].max() for run in of]), 0) for of in runs)
-        best += f" ({' · '.join(str(len(of)) for of in runs)})"
         cells, told = [cell(v, 0) for v in values], [welch(values[0], other) for other in values[1:]]
         rows.append([name(dataset), number(data_return(dataset), 0), *cells, *told, score, best])
     head = ["data set", "data", *map(name, METHODS), *(f"against {name(m)}" for m in OTHERS), "normalised"]
-    note = "*Best*: mean over seeds of a run's best own evaluation (seeds): DOM2 · imitation · baseline."
+    note = "*Best*: mean over seeds of a run's best own evaluation: DOM2 · imitation · baseline."
     totals = ["all", "", "", "", "", *(tally([row[k] for row in rows]) for k in (5, 6)), "", ""]
     return table([*head, "best"], [*rows, totals], note, made(used)) if rows else "Not run yet."
 
@@ -370,18 +372,16 @@ def verdicts() -> str:
     return table(["claim", "verdict", "fresh return [interval] (seeds)", "minutes a run", "more"], rows)
 
 
+TRAINED = {"task": "{env_id}", "policy": "{policy}", "seed": "{seed:.0f}"}
 CONTROLLER = {"task": "{task}", "who": "{controller}", "return": "{return_mean:,.1f}"}
 TABLES: dict[str, Callable[[], str]] = {
-    "verdicts": verdicts, "omad-noise": noises,
+    "verdicts": verdicts, "omad-noise": noises, "omad-chain": lambda: compared("chain", CHAIN),
     "omad-spread": lambda: online("spread", MPE), "omad-longer": lambda: online("longer", CHEETAH),
     "omad-others": lambda: online("others", *dict.fromkeys(run.on for run in campaign.declared(("others",)))),
-    "omad-entropy": lambda: plain("entropy", {"task": "{env_id}", "policy": "{policy}", "seed": "{seed:.0f}",
-                                              "bound": "{bound:.1f}", "entropy": "{entropy:.1f}"}),
-    "omad-coverage": lambda: plain("entropy", {"task": "{env_id}", "policy": "{policy}", "seed": "{seed:.0f}",
-                                               "steps": "{total_timesteps:,.0f}", "squares of 1 m²": "{squares:,.0f}"},
-                                   lambda row: row["squares"]),
+    "omad-entropy": lambda: plain("entropy", TRAINED | {"bound": "{bound:.1f}", "entropy": "{entropy:.1f}"}),
+    "omad-coverage": lambda: plain("entropy", TRAINED | {
+        "steps": "{total_timesteps:,.0f}", "squares of 1 m²": "{squares:,.0f}"}, lambda row: row["squares"]),
     "omad-doors": lambda: online("doors", DOORS), "omad-robots": lambda: online("robots", CHEETAH, WALKER, ANT),
-    "omad-chain": lambda: compared("chain", CHAIN),
     "omad-ablations": lambda: compared("ablations", {CHEETAH: ("robots", 30_000), MPE: ("spread", 200_000)}),
     "omad-scripts": lambda: plain("controllers", CONTROLLER | {"episodes": "{episodes:,.0f}"},
                                   lambda row: not row["task"].startswith("omar")),
@@ -395,9 +395,9 @@ TABLES: dict[str, Callable[[], str]] = {
                                [[f"{share} %", *map(cell, values)] for share, values in shares().items()]),
     "dom2-belief": lambda: plain("belief", {
         "data set": "{dataset}", "policies": "{policy}", "seed": "{seed:.0f}",
-        "return of 10 episodes": "{return_mean:,.0f}",
-        "believed": "{believed:,.0f}", "earned": "{earned:,.0f}", "of the data's actions": "{data:,.1f}",
-        "of its own": "{own:,.1f}", "actions beyond 0.99": "{edge:.0%}"}, diffusion="DOM2"),
+        "return of 10 episodes": "{return_mean:,.0f}", "believed": "{believed:,.0f}", "earned": "{earned:,.0f}",
+        "of the data's actions": "{data:,.1f}", "of its own": "{own:,.1f}",
+        "actions beyond 0.99": "{edge:.0%}"}, diffusion="DOM2"),
     "speed-cpu": speed, "dom2-scripts": lambda: plain("controllers", CONTROLLER, lambda row: row["task"] == SPREAD),
     "datasets": cards.dataset_table, "policies": cards.policy_table, "port": cards.port_table,
     "pursuit": lambda: plain("controllers", CONTROLLER | {"std over episodes": "{return_std:.1f}"},
