@@ -210,14 +210,11 @@ def compared(experiment: str, tasks: dict[str, tuple[str, int]]) -> str:
     """A row for each variant, the two policies first: `tasks` says who has runs of those, and after how many steps."""
     rows, used, known = [], [], dict.fromkeys(("diffusion", "gaussian"))
     for variant, folder in (known | folders(experiment)).items():
-        row, policy = [name(variant)], "gaussian" if "aussian" in variant else "diffusion"
+        row = [name(variant)]
         for task, (other, steps) in tasks.items():
             used.append(read(experiment, task, folder) if folder else read(other, task, variant))
-            after = lambda run: run.curve["return_mean"][np.searchsorted(run.curve["step"], steps)]
-            default = {run.folder.split("__")[2]: after(run) for run in read(other, task, policy)}
-            same = np.array([default[seed] for run in used[-1] if (seed := run.folder.split("__")[2]) in default])
-            beside = f" · {number(iqm(same), places(task))}" if 0 < len(same) < len(default) else ""
-            row.append(cell(np.array([*map(after, used[-1])]), places(task)) + beside)
+            values = [run.curve["return_mean"][np.searchsorted(run.curve["step"], steps)] for run in used[-1]]
+            row.append(cell(np.array(values), places(task)))
         rows.append(row)
     head = [f"{name(task)}, {steps:,} steps" for task, (_, steps) in tasks.items()]
     return table(["variant", *head], rows, made(sum(used, []))) if any(used[2 * len(tasks) :]) else "Not run yet."
