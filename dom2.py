@@ -13,8 +13,8 @@ time, to raise its own critic, by the gradient through all solver steps. The twi
 outside the data (CQL). Trajectories with a high return are sampled more often.
 
 Shape letters: B batch, N agents, O observation, A action, K solver steps, Q critics of an agent, M actions in the CQL
-term, H hidden, C condition, T transitions, E environments. Agents come first, and nothing mixes them. O and A are the
-sizes of the largest agent; smaller ones are padded with zeros. Greek letters are the paper's, not those of omad.py.
+term, H hidden, C condition, T transitions, E environments. Agents come first (but for Q), and nothing mixes them. O and
+A are the sizes of the largest agent; smaller ones are padded with zeros. Greek letters are not those of omad.py.
 """
 
 import copy
@@ -186,8 +186,8 @@ class DiffusionPolicy(nn.Module):
         wide, joined = max(128, hidden), max(64, hidden // 4)  # of the observation's layers; of where time joins them
         real = torch.arange(a) < torch.tensor(action_sizes)[:, None]  # [N, A]
         self.register_buffer("action_mask", real.float()[:, None], persistent=False)  # [N, 1, A]
-        self.register_buffer("obs_mean", torch.zeros(n, o))  # of the data; `forward` wants what `make_act` gives it
-        self.register_buffer("obs_std", torch.ones(n, o))
+        self.register_buffer("obs_mean", torch.zeros(n, o))  # of the data; see `make_act`: `forward` takes
+        self.register_buffer("obs_std", torch.ones(n, o))  # (obs - mean) / std
         self.register_buffer("frequency", torch.randn(16) * 16)  # random Fourier features of time
         self.obs1, self.obs2 = ParallelLinear(n, o, wide, torch.tensor(obs_sizes)), ParallelLinear(n, wide, wide)
         self.time, self.join_obs = ParallelLinear(n, 32, 32), ParallelLinear(n, wide, joined)
@@ -199,7 +199,7 @@ class DiffusionPolicy(nn.Module):
         times = torch.linspace(1.0, end, (steps or args.solver_steps) + 1, dtype=torch.float64) ** power
         self.alpha, self.sigma = (scale.tolist() for scale in self.scales(times))
         self.register_buffer("times", times.float(), persistent=False)
-        self.box, self.predicts_v = F.hardtanh if args.has("E2") else nn.Identity(), args.has("E6")
+        self.clip, self.predicts_v = F.hardtanh if args.has("E2") else nn.Identity(), args.has("E6")
 
     def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """alpha_t and sigma_t."""
@@ -219,17 +219,17 @@ class DiffusionPolicy(nn.Module):
         return self.tell(F.silu(seen[:, None] + clock).flatten(1, 2)).unflatten(1, (len(t), -1))
 
     def forward(self, obs: Tensor, noise: Tensor) -> Tensor:
-        """obs [N, B, O], noise as above -> action [N, B, A] in [-1, 1]. A first-order step from s to t [DOM2 solver]:
+        """obs [N, B, O], noise [N, B, A] -> action [N, B, A] in [-1, 1]. A first-order step from s to t [DOM2 solver]:
 
             x_t = (alpha_t / alpha_s) x_s - sigma_t (exp(lambda_t - lambda_s) - 1) eps,   lambda = log(alpha / sigma)
 
         It is x_t = alpha_t a + sigma_t eps. The a that eps implies is kept in the box, and eps follows [deviation E2].
         The network predicts v = alpha_s eps - sigma_s a instead [deviation E6], and a = alpha_s x_s - sigma_s v."""
         x, conditions = noise * self.action_mask, self.condition(obs, self.times[:-1, None]).unbind(1)
-        for k, (condition, alpha, sigma) in enumerate(zip(conditions, self.alpha, self.sigma)):
+        for k, (condition, alpha, sigma) in enumerate(zip(conditions, self.alpha[:-1], self.sigma[:-1], strict=True)):
             output = self.network(x, condition) * self.action_mask  # v, or without E6 eps
             implied = alpha * x - sigma * output if self.predicts_v else (x - sigma * output) / alpha
-            action = self.box(implied)  # which also stops the gradient where it clips
+            action = self.clip(implied)  # where it clips, this step's network has no gradient
             ratio = self.sigma[k + 1] / sigma  # eps is (x - alpha a) / sigma
             x = ratio * x + (self.alpha[k + 1] - ratio * alpha) * action
         return F.hardtanh(x)
@@ -307,7 +307,7 @@ class DOM2(nn.Module):
         """Bellman error, and pessimism about actions outside the data, summed over agents [DOM2 critic]:
 
             L = sum_q {E[(Q_q(o, a) - y)^2] + zeta E[logsumexp_M Q_q(o, a~) - Q_q(o, a)]}
-            y = r + gamma (1 - terminated) min_q Q'_q(o', b'),   b' and Q' averaged; a truncated step is not terminated
+            y = r + gamma (1 - terminated) min_q Q'_q(o', b'),   b', Q' by slow averages; truncated is not terminated
 
         a~ are M uniform actions [M, N, rows, A] on the first `rows` of the batch [deviation E3], with `cql_own` one of
         the averaged policy too. Also returns how much the first Q varies over the uniform ones [N]."""
@@ -320,13 +320,13 @@ class DOM2(nn.Module):
             next_value = self.slow_critic(batch["next_obs"], next_action).amin(0)  # [N, B]
             target = batch["reward"] + args.gamma * (1 - batch["terminated"]) * next_value
         value = self.critic(batch["obs"], batch["action"])  # [Q, N, B]
-        td = ((value - target) ** 2).mean(-1).sum(0)  # [N]
+        td = ((value - target) ** 2).mean(-1).sum()
         other = self.critic(batch["obs"][:, :rows], others).unflatten(2, (-1, rows))  # [Q, N, M or M + 1, rows]
-        gap = (other.logsumexp(2) - value[:, :, :rows]).mean(-1).sum(0)  # [N]
-        loss, spread = (td + args.cql_weight * gap).sum(), other[0, :, :m].detach().std(1).mean(-1)  # [], [N]
-        logs = {"losses/critic": loss, "losses/td": td.mean(), "losses/cql": gap.mean(), "diag/value": value.mean()}
-        logs |= {"diag/critic_disagreement": (value[0] - value[1]).abs().mean(), "diag/value_spread": spread.mean()}
-        return loss, {name: x.detach() for name, x in logs.items()}, spread
+        gap = (other.logsumexp(2) - value[:, :, :rows]).mean(-1).sum()
+        loss, q_std = td + args.cql_weight * gap, other[0, :, :m].detach().std(1).mean(-1)  # [], [N]
+        logs = {"losses/critic": loss, "losses/td": td, "losses/cql": gap, "diag/value": value.mean()}
+        logs |= {"diag/critic_disagreement": (value[0] - value[1]).abs().mean(), "diag/value_spread": q_std.mean()}
+        return loss, {name: x.detach() for name, x in logs.items()}, q_std
 
     def imitation_loss(self, batch: dict, t: Tensor, eps: Tensor) -> tuple[Tensor, dict]:
         """L = E || alpha_t eps - sigma_t a - v_theta(alpha_t a + sigma_t eps, o, t) ||^2, over agents [DOM2 imitation].
@@ -340,14 +340,14 @@ class DOM2(nn.Module):
         loss = ((target - output) ** 2).sum(-1).mean(1).sum()
         return loss, {"losses/imitation": loss.detach()}
 
-    def value_loss(self, batch: dict, noise: Tensor, spread: Tensor) -> tuple[Tensor, dict]:
+    def value_loss(self, batch: dict, noise: Tensor, q_std: Tensor) -> tuple[Tensor, dict]:
         """L = -eta E[min_q Q_q(o, b)] / scale, b from the policy by all solver steps, summed over agents [DOM2 value].
 
         On part of the batch [deviation E3]. scale is E|Q(o, a)| in the paper, here how much Q varies over actions
         [deviation E4]: where returns are large and actions matter little, every eta would be too small otherwise."""
         obs = batch["obs"][:, : self.q_rows]
         action = self.policy(obs, noise)
-        value, scale = self.critic(obs, action).amin(0), spread  # [N, rows], [N]
+        value, scale = self.critic(obs, action).amin(0), q_std  # [N, rows], [N]
         if not self.args.has("E4"):
             scale = self.critic(obs, batch["action"][:, : self.q_rows]).amin(0).abs().mean(-1).detach()
         eta = self.args.q_weight if self.args.policy == "diffusion" else 1.0  # the only loss: Adam hardly sees a factor
@@ -370,9 +370,9 @@ class DOM2(nn.Module):
         """One update of critics (unless eta is 0), policies and averages."""
         loss, logs = self.imitation_loss(batch, t, eps) if self.args.policy == "diffusion" else (0.0, {})
         if self.args.q_weight > 0:  # imitation alone asks no critic, and trains none
-            critic_loss, critic_logs, spread = self.critic_loss(batch, uniform, next_noise)
+            critic_loss, critic_logs, q_std = self.critic_loss(batch, uniform, next_noise)
             self.descend(self.critic_adam, critic_loss)
-            value_loss, value_logs = self.value_loss(batch, noise, spread)
+            value_loss, value_logs = self.value_loss(batch, noise, q_std)
             loss, logs = loss + value_loss, logs | critic_logs | value_logs
         self.descend(self.policy_adam, loss)
         with torch.no_grad():
@@ -425,8 +425,8 @@ class Data:
     """A data set on the device: one row per transition and agent, which a batch splits by name.
 
     Observations are centred, and divided by their standard deviation where that is above 1 [deviation E8]. Each agent
-    draws its own rows, row i with weight `upto`[i] - `upto`[i - 1]: its trajectory's, or 0 if its next observation is
-    not known."""
+    draws its own rows, row i with weight `cumsum`[i] - `cumsum`[i - 1]: its trajectory's, or 0 if its next observation
+    is not known."""
 
     def __init__(self, data: Dataset, env: TeamEnv, args: Args, device: torch.device):
         n, o, a = env.num_agents, env.obs_mask.shape[1], env.action_mask.shape[1]
@@ -443,12 +443,13 @@ class Data:
         returns = np.add.reduceat(np.asarray(data.rewards, np.float64), data.episodes[:, 0])  # [trajectories, N]
         weights = trajectory_weights(returns, args.thresholds if args.reweight else 0, args.top_quantile).T
         weights = np.repeat(weights, np.diff(data.episodes, axis=1)[:, 0], axis=1) * data.next_known  # [N, T]
-        self.upto, self.agents = torch.from_numpy(weights.cumsum(1)).to(device), torch.arange(n, device=device)[:, None]
+        self.cumsum = torch.from_numpy(weights.cumsum(1)).to(device)
+        self.agents = torch.arange(n, device=device)[:, None]
 
     def draw(self, batch: int) -> Tensor:
         """Rows [N, B]."""
-        share = torch.rand(len(self.upto), batch, device=self.upto.device, dtype=torch.float64)
-        return torch.searchsorted(self.upto, (share * self.upto[:, -1:]).long(), right=True)
+        share = torch.rand(len(self.cumsum), batch, device=self.cumsum.device, dtype=torch.float64)
+        return torch.searchsorted(self.cumsum, (share * self.cumsum[:, -1:]).long(), right=True)
 
     def sample(self, rows: Tensor) -> dict:
         """obs [N, B, O], next_obs, action [N, B, A], reward [N, B], terminated [N, B]."""
@@ -456,7 +457,7 @@ class Data:
         return named | {name: named[name].squeeze(-1) for name in ("reward", "terminated")}
 
     def set_units(self, agent: DOM2, args: Args) -> None:
-        """Networks count in the units of the data; critics start at V = r + gamma (1 - p) V, with the mean
+        """Gives policies the mean and std of observations; critics start at V = r + gamma (1 - p) V, with the mean
         reward r and the share p of transitions that terminate."""
         std, mean = torch.std_mean(self.table[..., -2].T, 1, keepdim=True)  # of the rewards [N, 1]
         fade = (1 - args.gamma) + args.gamma * self.table[..., -1].T.mean(1, keepdim=True)  # 1 - gamma (1 - p) [N, 1]
@@ -476,7 +477,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def make_act(policy: nn.Module, args: Args) -> Callable[[np.ndarray], np.ndarray]:
-    """Decentralised execution, sampled: a function of observations [E, N, O] to actions [E, N, A]."""
+    """Decentralised execution, sampled: observations [E, N, O] to actions [E, N, A]. On a GPU: after `pick_device`."""
     device, chain = policy.action_mask.device, lambda obs, noise: policy(obs, noise)
     chain = graphed(torch.compile(chain) if args.compile else chain, args.cuda_graph and device.type == "cuda")
 
@@ -501,7 +502,7 @@ def train(args: Args) -> None:
     name = f"{name}__dom2__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() // 1000 % 10**6:06d}"
     run = Path(args.resume or Path(args.run_dir, name))
     run.mkdir(parents=True, exist_ok=bool(args.resume))
-    (lock := FileLock(run / ".lock")).acquire(timeout=0)  # keeps other processes out while it is there
+    (lock := FileLock(run / ".lock")).acquire(timeout=0)  # keeps other processes out until this one ends
     begun = (run / "checkpoint.pt").exists() or (run / "eval.csv").exists()  # else killed before it had saved
     saved = load(run / "checkpoint.pt") if begun else dict(step=0, seconds=0.0, evaluations=[], data=source.checksum)
     if saved["data"] != source.checksum:
@@ -520,7 +521,7 @@ def train(args: Args) -> None:
     act = make_act(slow, args)  # the averaged policies act
     # Start, or go on from the checkpoint.
     torch.manual_seed(args.seed)  # again: what follows does not depend on how much building drew
-    step, seconds, evaluations = (saved[key] for key in ("step", "seconds", "evaluations"))
+    first, seconds, evaluations = (saved[key] for key in ("step", "seconds", "evaluations"))
     if begun:
         agent.load_state_dict(saved["agent"])
         for adam, moments in zip(agent.adams, saved["adams"]):
@@ -529,11 +530,11 @@ def train(args: Args) -> None:
             random.set_rng_state(saved["random"])
     print(f"task      {env_id}: {find_task(env_id).description}; on {device}\ndata      {source}")
     print(f"logs      {run.resolve()}    (watch: tensorboard --logdir {run.parent})", flush=True)
-    writer, logs, started = SummaryWriter(str(run), purge_step=step + 1), {}, time.time() - seconds
-    bar = tqdm(total=args.total_updates, initial=step, unit=" updates", mininterval=2, file=sys.stdout)
+    writer, logs, started = SummaryWriter(str(run), purge_step=first + 1), {}, time.time() - seconds
+    step, bar = first, tqdm(total=args.total_updates, initial=first, unit=" updates", mininterval=2, file=sys.stdout)
     while True:
         # Evaluate and save: at the start, every `eval_every` updates and at the end. A resumed run begins here too.
-        if step == bar.initial or step % args.eval_every == 0 or step >= args.total_updates:
+        if step == first or step % args.eval_every == 0 or step >= args.total_updates:
             if not evaluations or evaluations[-1]["step"] < step:
                 returns, seconds = evaluate(act, eval_envs, mix_seed(args.seed, 1)), time.time() - started
                 mean, std, score = float(returns.mean()), float(returns.std()), normalize(env_id, float(returns.mean()))
@@ -541,18 +542,17 @@ def train(args: Args) -> None:
                 evaluations.append(row | dict(episodes=len(returns), normalized_score=score))
                 for name in ("return_mean", "return_std", "normalized_score"):
                     writer.add_scalar(f"eval/{name}", evaluations[-1][name], step)
-                bar.write(f"eval at update {step:,}: return {mean:.2f} ± {std:.2f}, normalised {score:.1f}")
+                scored = f", normalised {score:.1f}" if math.isfinite(score) else ""
+                writer.flush(), bar.write(f"eval at update {step:,}: return {mean:.2f} ± {std:.2f}{scored}")
             if not all(value.isfinite().all() for value in agent.state_dict().values()):
                 raise FloatingPointError(f"update {step}: the networks have diverged")  # the last good checkpoint stays
-            policy = config | dict(policy=slow.state_dict()) | evaluations[-1]
-            checkpoint = dict(
+            write(run / "policy.pt", partial(torch.save, config | dict(policy=slow.state_dict()) | evaluations[-1]))
+            write(run / "checkpoint.pt", partial(torch.save, dict(
                 format=FORMAT, step=step, seconds=seconds, evaluations=evaluations, agent=agent.state_dict(),
                 adams=[adam.state_dict()["state"] for adam in agent.adams],
                 random=random.get_rng_state(), data=source.checksum,
-            )  # fmt: skip
+            )))  # fmt: skip
             table = [",".join(evaluations[0]), *(",".join(map(str, row.values())) for row in evaluations)]
-            write(run / "policy.pt", lambda path: torch.save(policy, path))
-            write(run / "checkpoint.pt", lambda path: torch.save(checkpoint, path))
             write(run / "eval.csv", lambda path: path.write_text("\n".join([*table, ""])))
             if step >= args.total_updates:
                 break
@@ -577,9 +577,9 @@ def train(args: Args) -> None:
 
 # 6. Files and command line ============================================================================================
 FORMAT = "dom2-7"  # of policy.pt and checkpoint.pt; raise it when a change makes older files unreadable
-WITH_RESUME = set("resume dataset prey total_updates device torch_threads cuda_graph compile capture_video".split())
-WITH_EVALUATE = {*"evaluate seed eval_episodes solver_steps act_noise shift".split()}
-WITH_EVALUATE |= WITH_RESUME - {"dataset", "total_updates"}
+FREE = "prey device torch_threads cuda_graph compile capture_video"
+WITH_RESUME = {*f"resume dataset data_seed total_updates {FREE}".split()}
+WITH_EVALUATE = {*f"evaluate seed eval_episodes solver_steps act_noise shift {FREE}".split()}
 
 
 def write(path: Path, dump: Callable[[Path], object]) -> None:
@@ -613,7 +613,7 @@ def load_policy(path: str | Path, steps: int = 0) -> tuple[DiffusionPolicy | Det
 
 def parse(argv: list[str]) -> Args:
     """The command line, over the defaults of its task or over the arguments of the run or policy that it names."""
-    words = [part for word in argv for part in word.split("=", 1)]
+    words = [part for word in argv for part in (word.split("=", 1) if word[:2] == "--" else [word])]
     given = dict(zip((word.replace("_", "-") for word in words), words[1:]))
     for flag, value in zip(["", *words], words):
         if value == "" and flag in ("--resume", "--evaluate") or flag == "" and value[:1] != "-":
@@ -621,7 +621,7 @@ def parse(argv: list[str]) -> Args:
     if run := given.get("--resume"):
         default, free = Args(**load(Path(run, "config.json"))["args"]), WITH_RESUME
     elif path := given.get("--evaluate"):
-        default, free = Args(**load(Path(path))["args"] | {"resume": "", "capture_video": False}), WITH_EVALUATE
+        default, free = Args(**load(Path(path))["args"] | {"capture_video": False}), WITH_EVALUATE
     else:
         default, free = preset(given.get("--dataset", Args.dataset), given.get("--env-id", "")), vars(Args())
     args = tyro.cli(Args, args=argv, default=default, prog="dom2.py")
@@ -661,7 +661,8 @@ def main(argv: list[str] | None = None) -> int:
             act, film = make_act(policy.to(pick_device(args.device)), args), args.evaluate if args.capture_video else ""
             task = dict(film=film, observation=args.observation, prey=args.prey, shift=args.shift)
             mean = demonstrate(act, saved["env_id"], args.eval_episodes, mix_seed(args.seed, 1), **task)
-            print(f"normalised {normalize(saved['env_id'], mean):.1f}")
+            if math.isfinite(score := normalize(saved["env_id"], mean)):
+                print(f"normalised {score:.1f}")
         else:
             train(args)
         return 0

@@ -8,9 +8,9 @@ Method: "Diffusing to Coordinate: Efficient Online Multi-Agent Diffusion Policie
 that leaves a choice open, the method it extends, "DIME: Diffusion-Based Maximum Entropy Reinforcement Learning", arXiv
 2502.02316 [DIME]. What is neither's is marked [deviation Dn]; runs/omad.md has the reasons.
 Every agent turns Gaussian noise into an action by a few denoising steps that see only its own observation. The joint
-entropy of such policies is intractable; minus the sum over agents of path costs C_i, a lower bound, replaces it. One
-centralised distributional critic learns the return plus that entropy bonus. All agents are updated at once, by the
-gradient of that critic through all denoising steps. The weight of the bonus, the temperature alpha, tunes itself.
+entropy of such policies is intractable; a lower bound replaces it, minus the sum over agents of path costs C_i. A
+centralised distributional critic, two networks, learns the return plus that bonus. All agents are updated at once, by
+the gradient of that critic through all denoising steps. The weight of the bonus, the temperature alpha, tunes itself.
 
 Shape letters: B batch, N agents, O observation, A action, S joint state, K denoising steps, Q critics, Z atoms,
 H hidden, E environments. O and A are those of the largest agent: others are padded with zeros, and masked in sums.
@@ -48,7 +48,7 @@ class Args:
     """OMAD: online multi-agent RL with diffusion policies. Defaults are those of the chosen task."""
 
     env_id: str = "mpe_simple_spread"  # the task; --list-tasks prints them
-    observation: str = "own"  # what an agent sees: own; in MaMuJoCo full, motion (no forces), k0, k1, ... joints away
+    observation: str = "own"  # what an agent sees: own; MaMuJoCo: full, motion (of the joints), k0, k1, ... joints away
     prey: str = ""  # omar_simple_tag, _world: file of the prey's network (OMAR's pretrained_adv_model.pt), else our own
     seed: int = 1  # seed of everything random: networks, environments, noise, replay
     total_timesteps: int = 3_000_000  # environment steps, all environments together
@@ -98,16 +98,18 @@ MPE = dict(
     updates_per_step=0.125, policy_lr=1e-3, q_lr=1e-3, denoising_steps=4, policy_hidden=64, critic_hidden=128,
     v_min=-30.0, v_max=10.0, bn_warmup=5_000, alpha=0.005,
 )  # fmt: skip
-# OMAR's tasks, which make offline data, and doors [deviation D1]: steps of many copies cost almost nothing.
+# OMAR's tasks, which make offline data, and doors [deviation D1]: many copies, whose steps cost little on particles.
 OMAR = MPE | dict(total_timesteps=100_000, num_envs=32, updates_per_step=0.0625, eval_every=4_000, alpha=0.1)
 SUITES = {"mpe": MPE, "mamujoco": dict(observation="full"), "omar": OMAR, "doors": OMAR}  # mamujoco: as Args, for a GPU
 OWN = {  # what else a task has [deviation D1]; in MaMuJoCo a robot, with all its partitions
-    **dict.fromkeys(("mpe_simple", "mpe_simple_speaker_listener"), dict(v_min=-90.0)),
-    **dict.fromkeys(("mpe_simple_spread_n4", "mpe_simple_reference"), dict(v_min=-60.0)),
+    "mpe_simple": dict(v_min=-90.0), "mpe_simple_speaker_listener": dict(v_min=-90.0),
+    "mpe_simple_reference": dict(v_min=-60.0), "mpe_collect_treasure": dict(v_min=-60.0, v_max=60.0),
+    "mpe_simple_adversary": dict(v_max=30.0), "mpe_simple_spread_n4": dict(
+        total_timesteps=1_000_000, num_envs=64, updates_per_step=0.03125, eval_every=50_000, buffer_size=300_000,
+        policy_lr=3e-3, q_lr=3e-3, v_min=-60.0),
     "doors_blind": dict(
         total_timesteps=256_000, updates_per_step=0.125, gamma=1.0, v_min=-2.0, v_max=4.0, alpha=0.02, policy_lr=3e-4,
         denoising_steps=8, time_power=1.5, x_scale=8.0, critic_hidden=256, target_entropy_scale=6.0),
-    "mpe_simple_adversary": dict(v_max=30.0), "mpe_collect_treasure": dict(v_min=-60.0, v_max=60.0),
     **dict.fromkeys(("omar_simple_spread", "omar_simple_spread_6"), dict(v_min=-600.0, v_max=600.0)),
     "omar_simple_tag": dict(v_min=-300.0, v_max=300.0, total_timesteps=400_000),
     "omar_simple_world": dict(v_min=-200.0, v_max=200.0, total_timesteps=400_000),
@@ -127,7 +129,7 @@ OWN = {  # what else a task has [deviation D1]; in MaMuJoCo a robot, with all it
 def preset(env_id: str) -> Args:
     """The defaults of a task. Raises `BadInput` if there is no such task."""
     name = env_id.rpartition("_")[0] if env_id.startswith("mamujoco_") else env_id
-    falls = find_task(env_id).terminates and name != env_id  # a robot that can [deviations D7, D8]
+    falls = (task := find_task(env_id)).robot and task.terminates  # a robot that can [deviations D7, D8]
     return Args(env_id=env_id, lower_critic=falls, lr_decay=falls, **SUITES[env_id.split("_")[0]] | OWN.get(name, {}))
 
 
@@ -148,34 +150,34 @@ class DiffusionPolicy(nn.Module):
     """N independent diffusion policies: K steps with a learned u, from noise to x_K, and the action a = tanh(x_K).
 
     x_0 ~ N(0, 2.5^2 I),   x_{k+1} ~ N(keep_k x_k + gain_k u(x_k, o, k), var_k)
-    The way back, for the bound on the entropy, and which DDPM's steps invert:   x_k ~ N(back_k x_{k+1}, wide_k)"""
+    The bound on the entropy compares it with noise added on the way back: x_k ~ N(back_k x_{k+1}, back_var_k)"""
 
     def __init__(self, obs_sizes: list[int], action_sizes: list[int], args: Args, steps: int = 0):
         super().__init__()
         n, o, a, hidden = len(obs_sizes), max(obs_sizes), max(action_sizes), args.policy_hidden
         real = torch.arange(a) < torch.tensor(action_sizes)[:, None]  # [N, A]
         self.register_buffer("action_mask", real.float()[:, None], persistent=False)  # [N, 1, A]
-        # First layer: of x, of o (once a chain), and, for H entries that would embed the step, a bias [deviation D3].
+        # First layer, of [x, o, H entries for the step]: o's part once a chain, the step's a bias [deviation D3].
         self.in_x = ParallelLinear(n, a, hidden, args.x_scale * math.sqrt(a / (a + o + hidden)))
         self.in_obs = ParallelLinear(n, o, hidden, math.sqrt(o / (a + o + hidden)))
         self.in_step = nn.Parameter(0.5 * torch.randn(n, args.denoising_steps, hidden))
         self.hidden1, self.hidden2 = ParallelLinear(n, hidden, hidden), ParallelLinear(n, hidden, hidden)
         self.out = ParallelLinear(n, hidden, a, scale=1e-3)  # near zero [DIME]
-        self.steps, self.dime = steps or args.denoising_steps, args.policy == "dime"  # other K, same stretch of time
-        time = torch.arange(self.steps + 1)[:, None, None, None] / self.steps  # [K + 1, 1, 1, 1], from 0 to 1
+        self.steps, self.dime = steps or args.denoising_steps, args.policy == "dime"  # K to act with, and whose chain
+        t = torch.arange(self.steps + 1)[:, None, None, None] / self.steps  # [K + 1, 1, 1, 1], from 0 to 1 for any K
         self.register_buffer("index", torch.arange(self.steps) * args.denoising_steps // self.steps, persistent=False)
         if self.dime:
             self.rho_dt = nn.Parameter(torch.full([n, 1, 1], math.log(math.expm1(0.1))))  # its softplus is 0.1
             self.rho_friction = nn.Parameter(torch.full([n, 1, a], math.log(math.expm1(1.0))))
-            schedule = 0.999 * torch.cos(math.pi / 2 * (0.008 + time[:-1]) / 1.008) ** 2 + 0.001  # tiny last [DIME]
+            schedule = 0.999 * torch.cos(math.pi / 2 * (0.008 + t[:-1]) / 1.008) ** 2 + 0.001  # tiny last [DIME]
             self.register_buffer("schedule", args.denoising_steps / self.steps * schedule, persistent=False)
         else:
             self.log_s = nn.Parameter(torch.full([n, 1, a], math.log(0.2) / 5))  # log(s) / 5: so Adam moves s faster
-            self.register_buffer("signal", torch.cos(0.485 * math.pi * (1 - time) ** args.time_power), persistent=False)
+            self.register_buffer("signal", torch.cos(0.485 * math.pi * (1 - t) ** args.time_power), persistent=False)
 
     def coefficients(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """keep, gain, var, back, wide, like [K, N, 1, A]. Of DDPM [deviation D5]: u predicts x_K. If x_K ~ N(u, s^2), s
-        learned, and noise is added on the way back, then x_k ~ N(signal_k u, total_k), and a step inverts that exactly.
+        """keep, gain, var, back, back_var, like [K, N, 1, A]. Of DDPM [deviation D5]: u predicts x_K. If x_K ~ N(u,
+        s^2), s learned, the way back gives x_k ~ N(signal_k u, total_k), and a step is its exact inverse.
 
         [DIME chain], `--policy dime`: u is a drift, with learned step sizes, and variance 2 eta_k both ways,
             eta_k = softplus(rho_dt) schedule_k / softplus(rho_friction),   mean x_k + eta_k (-x_k / 2.5^2 + u)"""
@@ -186,21 +188,21 @@ class DiffusionPolicy(nn.Module):
         before, after = self.signal[:-1], self.signal[1:]
         total = (1 - self.signal**2) * 2.5**2 + (self.signal * (5 * self.log_s).exp()) ** 2  # [K + 1, N, 1, A]
         back, ratio = before / after, total[1:] / total[:-1]
-        wide = (1 - back**2) * 2.5**2
-        return back * ratio, after - back * ratio * before, wide * ratio, back, wide
+        back_var = (1 - back**2) * 2.5**2
+        return back * ratio, after - back * ratio * before, back_var * ratio, back, back_var
 
     def noise(self, batch: int) -> Tensor:
         """All the randomness of one chain: [K + 1, B, N, A] standard normal numbers."""
         return torch.randn(self.steps + 1, batch, *self.action_mask.shape[::2], device=self.action_mask.device)
 
     def forward(self, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """obs [B, N, O], noise as above -> action [B, N, A], path cost C_i [B, N].
+        """obs [B, N, O], noise [K + 1, B, N, A] -> action [B, N, A], path cost C_i [B, N].
 
         E[C_i] >= -H(pi_i): -E[C_i] is a lower bound on the entropy [OMAD bound].
             C     = log N(x_0; 0, 2.5^2 I) - log w - sum_d log(1 - tanh(x_K)^2)
-            log w = sum_k [log N(x_k; back_k x_{k+1}, wide_k) - log N(x_{k+1}; keep_k x_k + gain_k u, var_k)]"""
+            log w = sum_k [log N(x_k; back_k x_{k+1}, back_var_k) - log N(x_{k+1}; keep_k x_k + gain_k u, var_k)]"""
         noise = noise.transpose(1, 2) * self.action_mask  # [K + 1, N, B, A]
-        keep, gain, var, back, wide = self.coefficients()
+        keep, gain, var, back, back_var = self.coefficients()
         # u = h w + b of `out`, so x_{k+1} = keep x_k + h (gain w) + (gain b + sqrt(var) noise). First what needs no x.
         gain = gain * self.action_mask
         bias0 = self.in_obs(obs.transpose(0, 1)) + self.in_x.bias + self.in_step[:, self.index, None].transpose(0, 1)
@@ -216,8 +218,8 @@ class DiffusionPolicy(nn.Module):
         # x_{k+1} less its mean is sqrt(var_k) noise, so that of its log density only -noise^2 / 2 and log var_k vary.
         x, xs = chain[-1], torch.stack(chain)  # [N, B, A], [K + 1, N, B, A]
         behind = torch.addcmul(xs[:-1], xs[1:], back, value=-1)  # x_k - back_k x_{k+1} [K, N, B, A]
-        cost = (behind**2 / (2 * wide)).sum(0) - (noise**2 / 2).sum(0) + 2 * (x + F.softplus(-2 * x))  # [N, B, A]
-        constant = (wide / var).log().sum(0) / 2 - math.log(4 * 2.5 * math.sqrt(2 * math.pi))  # [N, 1, A]
+        cost = (behind**2 / (2 * back_var)).sum(0) - (noise**2 / 2).sum(0) + 2 * (x + F.softplus(-2 * x))  # [N, B, A]
+        constant = (back_var / var).log().sum(0) / 2 - math.log(4 * 2.5 * math.sqrt(2 * math.pi))  # [N, 1, A]
         return torch.tanh(x).transpose(0, 1), ((cost + constant) * self.action_mask).sum(-1).T
 
 
@@ -303,8 +305,7 @@ POLICIES = {"diffusion": DiffusionPolicy, "dime": DiffusionPolicy, "gaussian": G
 
 def project(probs: Tensor, places: Tensor, atoms: Tensor) -> Tensor:
     """Moves the mass `probs` [B, Z] at `places` [B, Z], clipped to the support, to the even grid `atoms` [Z] [C51]."""
-    step = atoms[1] - atoms[0]
-    place = (places.clamp(atoms[0], atoms[-1]) - atoms[0]) / step  # in units of atoms, 0 .. Z - 1
+    place = (places.clamp(atoms[0], atoms[-1]) - atoms[0]) / (atoms[1] - atoms[0])  # in units of atoms, 0 .. Z - 1
     lower = place.floor().clamp(max=len(atoms) - 2)
     share = place - lower  # of the upper neighbour
     index = lower.long().clamp(min=0)  # a NaN must end in the loss, where it is reported, not as a wild index
@@ -321,9 +322,9 @@ class OMAD(nn.Module):
         self.critic = Critic(env.state_size, env.action_sizes, args).to(device)
         self.slow_critic = copy.deepcopy(self.critic).eval().requires_grad_(False) if args.tau else None
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha), device=device))
-        start = -0.5 - math.log(2.5 * math.sqrt(2 * math.pi))  # E[log N(x_0; 0, 2.5^2)], which C has and 4 has not
+        start = -0.5 - math.log(2.5 * math.sqrt(2 * math.pi))  # E[log N(x_0; 0, 2.5^2)], in C but not in DIME's cost
         self.target_cost = (args.target_entropy_scale + start) * sum(env.action_sizes)
-        adam = partial(torch.optim.Adam, fused=True, capturable=device.type == "cuda")  # rates: a graph reads tensors
+        adam = partial(torch.optim.Adam, fused=True, capturable=device.type == "cuda")  # a graph reads rates as tensors
         rate = partial(torch.tensor, device=device, dtype=torch.float32 if device.type == "cuda" else torch.float64)
         self.policy_adam = adam(self.policy.parameters(), rate(args.policy_lr), betas=(0.5, 0.999))
         self.critic_adam = adam(self.critic.parameters(), rate(args.q_lr), betas=(0.5, 0.999))
@@ -405,7 +406,7 @@ class OMAD(nn.Module):
 
 def graphed(function: Callable, enabled: bool) -> Callable:
     """Captures a function of tensors, if `enabled`, as a CUDA graph for each set of shapes, after three plain calls.
-    It must neither wait for the device nor draw random numbers; the next call overwrites its result."""
+    The function must neither wait for the device nor draw random numbers; the next call overwrites its result."""
     calls, graphs = {}, {}
 
     def call(*inputs: Tensor):
@@ -454,12 +455,12 @@ def pick_device(name: str) -> torch.device:
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
-        torch.cuda.set_stream(torch.cuda.Stream())  # graphs cannot be captured on the default one
+        torch.cuda.set_stream(torch.cuda.Stream())  # graphs cannot be captured on the default one: see `make_act`
     return device
 
 
 def make_act(policy: nn.Module, args: Args = Args()) -> Callable[[np.ndarray], np.ndarray]:
-    """Decentralised execution, sampled: a function of observations [E, N, O] to actions [E, N, A]."""
+    """Decentralised execution, sampled: observations [E, N, O] to actions [E, N, A]. On a GPU: after `pick_device`."""
     device, chain = policy.action_mask.device, lambda obs, noise: policy(obs, noise)[0]
     chain = graphed(torch.compile(chain) if args.compile else chain, args.cuda_graph and device.type == "cuda")
 
@@ -482,11 +483,11 @@ def train(args: Args, envs: gym.vector.VectorEnv | None = None) -> None:
     name = f"{args.env_id}__omad__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() // 1000 % 10**6:06d}"
     run = Path(args.resume or Path(args.run_dir, name))
     run.mkdir(parents=True, exist_ok=bool(args.resume))
-    (lock := FileLock(run / ".lock")).acquire(timeout=0)  # keeps other processes out while it is there
+    (lock := FileLock(run / ".lock")).acquire(timeout=0)  # keeps other processes out until this one ends
     begun = (run / "checkpoint.pt").exists() or (run / "eval.csv").exists()  # else killed before it had saved
     saved = load(run / "checkpoint.pt") if begun else dict(step=0, updates=0, seconds=0.0, evaluations=[], positions=())
-    sizes = dict(obs_sizes=env.obs_sizes, action_sizes=env.action_sizes)
-    config = dict(format=FORMAT, args=vars(args) | {"resume": ""}) | sizes | versions()
+    config = dict(format=FORMAT, obs_sizes=env.obs_sizes, action_sizes=env.action_sizes) | versions()
+    config |= dict(args=vars(args) | {"resume": ""})
     write(run / "config.json", lambda path: path.write_text(json.dumps(config, indent=2)))
     # Build.
     device = pick_device(args.device)
@@ -503,13 +504,11 @@ def train(args: Args, envs: gym.vector.VectorEnv | None = None) -> None:
         agent.load_state_dict(saved["agent"])
         for adam, moments in zip(agent.adams, saved["adams"]):
             adam.load_state_dict(adam.state_dict() | {"state": moments})
-        replay.added, count = saved["added"], len(saved["replay"])
-        replay.table[:count] = saved["replay"].to(device)
+        replay.added, replay.table[: saved["added"]] = saved["added"], saved.pop("replay")  # and frees it
         if len(saved["random"]) == len(random.get_rng_state()):  # not so if that was on another kind of device
             random.set_rng_state(saved["random"])
     print(f"task      {args.env_id}: {find_task(args.env_id).description}; on {device}")
     print(f"logs      {run.resolve()}    (watch: tensorboard --logdir {run.parent})", flush=True)
-    save = lambda name, what: write(run / name, partial(torch.save, what))
     writer, logs, obs, started = SummaryWriter(str(run), purge_step=step + 1), {}, None, time.time() - seconds
     bar = tqdm(total=args.total_timesteps, initial=step, unit=" steps", mininterval=2, file=sys.stdout)
     while True:
@@ -520,16 +519,17 @@ def train(args: Args, envs: gym.vector.VectorEnv | None = None) -> None:
                 mean, std, count = float(returns.mean()), float(returns.std()), len(returns)
                 evaluations += [dict(step=step, wall_time_s=seconds, return_mean=mean, return_std=std, episodes=count)]
                 writer.add_scalar("eval/return_mean", mean, step), writer.add_scalar("eval/return_std", std, step)
-                bar.write(f"eval at step {step:,}: return {mean:.2f} ± {std:.2f}")
+                writer.flush(), bar.write(f"eval at step {step:,}: return {mean:.2f} ± {std:.2f}")
             if not all(value.isfinite().all() for value in agent.state_dict().values()):
                 raise FloatingPointError(f"step {step}: the networks have diverged")  # the last good checkpoint stays
-            save("policy.pt", config | dict(policy=agent.policy.state_dict()) | evaluations[-1])
-            save("checkpoint.pt", dict(
+            policy = config | dict(policy=agent.policy.state_dict()) | evaluations[-1]
+            write(run / "policy.pt", partial(torch.save, policy))
+            write(run / "checkpoint.pt", partial(torch.save, dict(
                 format=FORMAT, step=step, updates=updates, seconds=seconds, evaluations=evaluations,
                 agent=agent.state_dict(), adams=[adam.state_dict()["state"] for adam in agent.adams],
                 added=replay.added, replay=replay.table[: replay.added].clone(), random=random.get_rng_state(),
                 positions=torch.tensor(envs.positions),
-            ))  # fmt: skip
+            )))  # fmt: skip
             table = [",".join(evaluations[0]), *(",".join(map(str, row.values())) for row in evaluations)]
             if len(envs.positions):
                 write(run / "torso_xy.npy", lambda path: np.save(path, envs.positions))
@@ -542,14 +542,14 @@ def train(args: Args, envs: gym.vector.VectorEnv | None = None) -> None:
         uniform = lambda: (torch.rand(envs.action_space.shape, device=device).cpu().numpy() * 2 - 1) * env.action_mask
         action = act(obs) if step >= args.learning_starts else uniform()
         # Learn from what is stored by now: a GPU does it while the environments step.
-        if step > args.learning_starts:
-            decay = (1 + math.cos(math.pi * step / args.total_timesteps)) / 2  # [deviation D8]
-            for adam, rate in zip(agent.adams[:2], (args.policy_lr, args.q_lr)) if args.lr_decay else ():
-                adam.param_groups[0]["lr"].fill_(rate * decay)
+        if step > args.learning_starts:  # not at 0, when nothing is stored
+            cosine = math.cos(math.pi * step / args.total_timesteps) if args.lr_decay else 1.0  # [deviation D8]
+            for adam, rate in zip(agent.adams, (args.policy_lr, args.q_lr)):
+                adam.param_groups[0]["lr"].fill_(rate * (1 + cosine) / 2)
             for _ in range(round(args.updates_per_step * args.num_envs)):
                 updates += 1
                 index = torch.randint(min(replay.added, len(replay.table)), (args.batch_size,), device=device)
-                chains = 2 if updates % args.policy_frequency == 0 else 1
+                chains = 2 if updates % args.policy_frequency == 0 else 1  # the second one's noise: policies learn too
                 logs |= learn(index, *(agent.policy.noise(args.batch_size) for _ in range(chains)))
         next_obs, reward, terminated, truncated, info = envs.step(action)
         seen = dict(obs=obs, next_obs=next_obs, state=state, next_state=info["state"])
@@ -559,7 +559,7 @@ def train(args: Args, envs: gym.vector.VectorEnv | None = None) -> None:
             logs["charts/episodic_return"] = info["episode"]["r"][done].mean()
             logs["charts/episodic_length"] = info["episode"]["l"][done].mean()
             obs, info = envs.reset(options={"reset_mask": done})
-            state = np.where(done[:, None], info["state"], state)
+            state = np.where(done[:, None], info["state"], state)  # zeros where the episode goes on
         step += args.num_envs
         bar.update(args.num_envs)
         if step % 1000 < args.num_envs or step >= args.total_timesteps:  # the scalars of the last update
@@ -576,8 +576,8 @@ def train(args: Args, envs: gym.vector.VectorEnv | None = None) -> None:
 
 # 6. Files and command line ============================================================================================
 FORMAT = "omad-4"  # of policy.pt and checkpoint.pt; raise it when a change makes older files unreadable
-WITH_RESUME = set("resume total_timesteps prey device torch_threads cuda_graph compile capture_video".split())
-WITH_EVALUATE = WITH_RESUME - {"total_timesteps"} | {*"evaluate seed eval_episodes denoising_steps last_noise".split()}
+WITH_RESUME = {*"resume total_timesteps prey device torch_threads cuda_graph compile capture_video".split()}
+WITH_EVALUATE = {*"evaluate seed eval_episodes denoising_steps last_noise".split()} | WITH_RESUME - {"total_timesteps"}
 
 
 def write(path: Path, dump: Callable[[Path], object]) -> None:
@@ -611,7 +611,7 @@ def load_policy(path: str | Path, steps: int = 0) -> tuple[DiffusionPolicy | Gau
 
 def parse(argv: list[str]) -> Args:
     """The command line, over the defaults of its task or over the arguments of the run or policy that it names."""
-    words = [part for word in argv for part in word.split("=", 1)]
+    words = [part for word in argv for part in (word.split("=", 1) if word[:2] == "--" else [word])]
     given = dict(zip((word.replace("_", "-") for word in words), words[1:]))
     for flag, value in zip(["", *words], words):
         if value == "" and flag in ("--resume", "--evaluate") or flag == "" and value[:1] != "-":
@@ -619,7 +619,7 @@ def parse(argv: list[str]) -> Args:
     if run := given.get("--resume"):
         default, free = Args(**load(Path(run, "config.json"))["args"]), WITH_RESUME
     elif path := given.get("--evaluate"):
-        default, free = Args(**load(Path(path))["args"] | {"resume": "", "capture_video": False}), WITH_EVALUATE
+        default, free = Args(**load(Path(path))["args"] | {"capture_video": False}), WITH_EVALUATE
     else:
         default, free = preset(given.get("--env-id", Args.env_id)), vars(Args())
     args = tyro.cli(Args, args=argv, default=default, prog="omad.py")
@@ -641,7 +641,7 @@ def parse(argv: list[str]) -> Args:
         (not changed, f"--{' --'.join(changed).replace('_', '-')} cannot be changed for what is there already"),
         (args.total_timesteps >= default.total_timesteps * bool(args.resume), "--total-timesteps can only grow"),
         (args.device != "cuda" or torch.cuda.is_available(), "--device cuda: torch finds no CUDA device here"),
-        (abs(updates - (round(updates) or 1)) < 1e-6, "--updates-per-step times --num-envs must be a whole number"),
+        (abs(updates - (round(updates) or 1)) < 1e-6, "--updates-per-step times --num-envs must be whole, at least 1"),
         (args.v_min < args.v_max, "--v-min must be below --v-max"),
         (args.learning_starts < args.total_timesteps, "--learning-starts must be below --total-timesteps"),
         (args.num_envs <= args.buffer_size, "--buffer-size must be at least --num-envs"),

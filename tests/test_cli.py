@@ -496,6 +496,7 @@ BAD_INPUT = {
         (["--observation", "k9"], ["--observation", "k9"]),
         (["--prey", "nothing.pt"], ["--prey", "has no prey"]),
         (["--resume", "nowhere"], ["nowhere"]),
+        (["--resume", "nowhere/a=b"], ["nowhere/a=b"]),
         (["--resume", ""], ["--resume"]),
         (["--resume="], ["--resume"]),
         (["--evaluate="], ["--evaluate"]),

@@ -390,7 +390,7 @@ def test_the_critic_s_loss_action_by_action(own):
     goal = (batch["reward"] + agent.args.gamma * (1 - batch["terminated"]) * next_value).detach()
     td = ((agent.critic(batch["obs"], batch["action"]) - goal) ** 2).mean(-1).sum(0)  # [N]
     torch.testing.assert_close(loss, (td + 3.0 * gap).sum())
-    torch.testing.assert_close(torch.stack([logs["losses/td"], logs["losses/cql"]]), torch.stack([td, gap]).mean(1))
+    torch.testing.assert_close(torch.stack([logs["losses/td"], logs["losses/cql"]]), torch.stack([td, gap]).sum(1))
     parameters = list(agent.critic.parameters())
     for a, b in zip(torch.autograd.grad(loss, parameters), torch.autograd.grad((td + 3.0 * gap).sum(), parameters)):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
@@ -462,10 +462,10 @@ def test_reweighting_is_as_if_good_trajectories_were_in_the_data_several_times(d
         )
         np.testing.assert_allclose(np.bincount(drawn[j] % 25) / 200_000, 1 / 25, rtol=0.1)  # rows of a trajectory alike
         copies = np.repeat(np.arange(2000), np.repeat(weights, 25))  # the data with good trajectories several times
-        np.testing.assert_array_equal(np.diff(table.upto[j].numpy(), prepend=0), np.bincount(copies))
+        np.testing.assert_array_equal(np.diff(table.cumsum[j].numpy(), prepend=0), np.bincount(copies))
     assert drawn.max() == 1999 and drawn.min() == 0 and (drawn[0] != drawn[1]).any()
     plain = dom2.Data(source, spread, args(reweight=False), CPU)
-    np.testing.assert_array_equal(plain.upto.numpy(), np.tile(np.arange(1, 2001), (3, 1)))
+    np.testing.assert_array_equal(plain.cumsum.numpy(), np.tile(np.arange(1, 2001), (3, 1)))
     assert (plain.draw(1000).diff(dim=0) == 0).float().mean() < 0.01  # each agent its own rows
     unknown = dataclasses.replace(source, next_known=~source.truncations)  # rows without a next observation: not drawn
     rows = dom2.Data(unknown, spread, args(), CPU).draw(10_000).numpy()
