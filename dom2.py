@@ -13,8 +13,8 @@ time, to raise its own critic, by the gradient through all solver steps. The twi
 outside the data (CQL). Trajectories with a high return are sampled more often.
 
 Shape letters: B batch, N agents, O observation, A action, K solver steps, Q critics of an agent, M actions in the CQL
-term, H hidden, C condition, T transitions, E environments. Agents come first (but for Q), and nothing mixes them. O and
-A are the sizes of the largest agent; smaller ones are padded with zeros. Greek letters are not those of omad.py.
+term, H hidden, C condition, T transitions, E environments. N comes first, but after Q, M, T; nothing mixes agents. O
+and A are the sizes of the largest agent; smaller ones are padded with zeros. Greek letters are not those of omad.py.
 """
 
 import copy
@@ -63,7 +63,7 @@ class Args:
     eval_every: int = 500  # updates between evaluations; each also saves
     eval_episodes: int = 100  # episodes per evaluation, one environment each
     run_dir: str = "runs"  # folder in which the run's own directory is made
-    resume: str = ""  # go on with the run in this directory; its length, device, speed and place of data may change
+    resume: str = ""  # go on with the run in this directory; length, device, speed, prey, place of data may change
     evaluate: str = ""  # only evaluate the policy of the run in this directory, or a policy.pt
     shift: str = ""  # with --evaluate: speed (particle tasks), fewer (six landmarks), random or extreme (HalfCheetah)
     capture_video: bool = False  # write a video of the final (or the evaluated) policy to a folder videos beside it
@@ -186,8 +186,8 @@ class DiffusionPolicy(nn.Module):
         wide, joined = max(128, hidden), max(64, hidden // 4)  # of the observation's layers; of where time joins them
         real = torch.arange(a) < torch.tensor(action_sizes)[:, None]  # [N, A]
         self.register_buffer("action_mask", real.float()[:, None], persistent=False)  # [N, 1, A]
-        self.register_buffer("obs_mean", torch.zeros(n, o))  # of the data; see `make_act`: `forward` takes
-        self.register_buffer("obs_std", torch.ones(n, o))  # (obs - mean) / std
+        self.register_buffer("obs_mean", torch.zeros(n, o))  # of the data: policies are told (obs - mean) / std
+        self.register_buffer("obs_std", torch.ones(n, o))
         self.register_buffer("frequency", torch.randn(16) * 16)  # random Fourier features of time
         self.obs1, self.obs2 = ParallelLinear(n, o, wide, torch.tensor(obs_sizes)), ParallelLinear(n, wide, wide)
         self.time, self.join_obs = ParallelLinear(n, 32, 32), ParallelLinear(n, wide, joined)
@@ -307,7 +307,7 @@ class DOM2(nn.Module):
         """Bellman error, and pessimism about actions outside the data, summed over agents [DOM2 critic]:
 
             L = sum_q {E[(Q_q(o, a) - y)^2] + zeta E[logsumexp_M Q_q(o, a~) - Q_q(o, a)]}
-            y = r + gamma (1 - terminated) min_q Q'_q(o', b'),   b', Q' by slow averages; truncated is not terminated
+            y = r + gamma (1 - terminated) min_q Q'_q(o', b'),   b' and Q' of the averages; truncated: not terminated
 
         a~ are M uniform actions [M, N, rows, A] on the first `rows` of the batch [deviation E3], with `cql_own` one of
         the averaged policy too. Also returns how much the first Q varies over the uniform ones [N]."""
@@ -325,7 +325,7 @@ class DOM2(nn.Module):
         gap = (other.logsumexp(2) - value[:, :, :rows]).mean(-1).sum()
         loss, q_std = td + args.cql_weight * gap, other[0, :, :m].detach().std(1).mean(-1)  # [], [N]
         logs = {"losses/critic": loss, "losses/td": td, "losses/cql": gap, "diag/value": value.mean()}
-        logs |= {"diag/critic_disagreement": (value[0] - value[1]).abs().mean(), "diag/value_spread": q_std.mean()}
+        logs |= {"diag/critic_disagreement": (value[0] - value[1]).abs().mean(), "diag/q_std": q_std.mean()}
         return loss, {name: x.detach() for name, x in logs.items()}, q_std
 
     def imitation_loss(self, batch: dict, t: Tensor, eps: Tensor) -> tuple[Tensor, dict]:
@@ -394,7 +394,7 @@ class DOM2(nn.Module):
 
 def graphed(function: Callable, enabled: bool) -> Callable:
     """Captures a function of tensors, if `enabled`, as a CUDA graph for each set of shapes, after three plain calls.
-    It must neither wait for the device nor draw random numbers; the next call overwrites its result."""
+    The function must neither wait for the device nor draw random numbers; the next call overwrites its result."""
     calls, graphs = {}, {}
 
     def call(*inputs: Tensor):
@@ -472,7 +472,7 @@ def pick_device(name: str) -> torch.device:
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
-        torch.cuda.set_stream(torch.cuda.Stream())  # graphs cannot be captured on the default one
+        torch.cuda.set_stream(torch.cuda.Stream())  # graphs cannot be captured on the default one: see `make_act`
     return device
 
 
@@ -502,7 +502,7 @@ def train(args: Args) -> None:
     name = f"{name}__dom2__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() // 1000 % 10**6:06d}"
     run = Path(args.resume or Path(args.run_dir, name))
     run.mkdir(parents=True, exist_ok=bool(args.resume))
-    (lock := FileLock(run / ".lock")).acquire(timeout=0)  # keeps other processes out until this one ends
+    (lock := FileLock(run / ".lock")).acquire(timeout=0)  # keeps other processes out until `train` returns
     begun = (run / "checkpoint.pt").exists() or (run / "eval.csv").exists()  # else killed before it had saved
     saved = load(run / "checkpoint.pt") if begun else dict(step=0, seconds=0.0, evaluations=[], data=source.checksum)
     if saved["data"] != source.checksum:
@@ -543,7 +543,7 @@ def train(args: Args) -> None:
                 for name in ("return_mean", "return_std", "normalized_score"):
                     writer.add_scalar(f"eval/{name}", evaluations[-1][name], step)
                 scored = f", normalised {score:.1f}" if math.isfinite(score) else ""
-                writer.flush(), bar.write(f"eval at update {step:,}: return {mean:.2f} ± {std:.2f}{scored}")
+                bar.write(f"eval at update {step:,}: return {mean:.2f} ± {std:.2f}{scored}")
             if not all(value.isfinite().all() for value in agent.state_dict().values()):
                 raise FloatingPointError(f"update {step}: the networks have diverged")  # the last good checkpoint stays
             write(run / "policy.pt", partial(torch.save, config | dict(policy=slow.state_dict()) | evaluations[-1]))
@@ -577,9 +577,9 @@ def train(args: Args) -> None:
 
 # 6. Files and command line ============================================================================================
 FORMAT = "dom2-7"  # of policy.pt and checkpoint.pt; raise it when a change makes older files unreadable
-FREE = "prey device torch_threads cuda_graph compile capture_video"
-WITH_RESUME = {*f"resume dataset data_seed total_updates {FREE}".split()}
-WITH_EVALUATE = {*f"evaluate seed eval_episodes solver_steps act_noise shift {FREE}".split()}
+ALWAYS = "prey device torch_threads cuda_graph compile capture_video"
+WITH_RESUME = {*f"resume dataset data_seed total_updates {ALWAYS}".split()}
+WITH_EVALUATE = {*f"evaluate seed eval_episodes solver_steps act_noise shift {ALWAYS}".split()}
 
 
 def write(path: Path, dump: Callable[[Path], object]) -> None:

@@ -8,7 +8,7 @@ Method: "Diffusing to Coordinate: Efficient Online Multi-Agent Diffusion Policie
 that leaves a choice open, the method it extends, "DIME: Diffusion-Based Maximum Entropy Reinforcement Learning", arXiv
 2502.02316 [DIME]. What is neither's is marked [deviation Dn]; runs/omad.md has the reasons.
 Every agent turns Gaussian noise into an action by a few denoising steps that see only its own observation. The joint
-entropy of such policies is intractable; a lower bound replaces it, minus the sum over agents of path costs C_i. A
+entropy of such policies is intractable: minus the sum over agents of path costs C_i, a lower bound, stands for it. A
 centralised distributional critic, two networks, learns the return plus that bonus. All agents are updated at once, by
 the gradient of that critic through all denoising steps. The weight of the bonus, the temperature alpha, tunes itself.
 
@@ -163,7 +163,7 @@ class DiffusionPolicy(nn.Module):
         self.in_step = nn.Parameter(0.5 * torch.randn(n, args.denoising_steps, hidden))
         self.hidden1, self.hidden2 = ParallelLinear(n, hidden, hidden), ParallelLinear(n, hidden, hidden)
         self.out = ParallelLinear(n, hidden, a, scale=1e-3)  # near zero [DIME]
-        self.steps, self.dime = steps or args.denoising_steps, args.policy == "dime"  # K to act with, and whose chain
+        self.steps, self.dime = steps or args.denoising_steps, args.policy == "dime"  # other K, same stretch of time
         t = torch.arange(self.steps + 1)[:, None, None, None] / self.steps  # [K + 1, 1, 1, 1], from 0 to 1 for any K
         self.register_buffer("index", torch.arange(self.steps) * args.denoising_steps // self.steps, persistent=False)
         if self.dime:
@@ -483,7 +483,7 @@ def train(args: Args, envs: gym.vector.VectorEnv | None = None) -> None:
     name = f"{args.env_id}__omad__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() // 1000 % 10**6:06d}"
     run = Path(args.resume or Path(args.run_dir, name))
     run.mkdir(parents=True, exist_ok=bool(args.resume))
-    (lock := FileLock(run / ".lock")).acquire(timeout=0)  # keeps other processes out until this one ends
+    (lock := FileLock(run / ".lock")).acquire(timeout=0)  # keeps other processes out until `train` returns
     begun = (run / "checkpoint.pt").exists() or (run / "eval.csv").exists()  # else killed before it had saved
     saved = load(run / "checkpoint.pt") if begun else dict(step=0, updates=0, seconds=0.0, evaluations=[], positions=())
     config = dict(format=FORMAT, obs_sizes=env.obs_sizes, action_sizes=env.action_sizes) | versions()
@@ -504,7 +504,7 @@ def train(args: Args, envs: gym.vector.VectorEnv | None = None) -> None:
         agent.load_state_dict(saved["agent"])
         for adam, moments in zip(agent.adams, saved["adams"]):
             adam.load_state_dict(adam.state_dict() | {"state": moments})
-        replay.added, replay.table[: saved["added"]] = saved["added"], saved.pop("replay")  # and frees it
+        replay.added, replay.table[: saved["added"]] = saved["added"], saved.pop("replay")  # popped: freed
         if len(saved["random"]) == len(random.get_rng_state()):  # not so if that was on another kind of device
             random.set_rng_state(saved["random"])
     print(f"task      {args.env_id}: {find_task(args.env_id).description}; on {device}")
@@ -519,7 +519,7 @@ def train(args: Args, envs: gym.vector.VectorEnv | None = None) -> None:
                 mean, std, count = float(returns.mean()), float(returns.std()), len(returns)
                 evaluations += [dict(step=step, wall_time_s=seconds, return_mean=mean, return_std=std, episodes=count)]
                 writer.add_scalar("eval/return_mean", mean, step), writer.add_scalar("eval/return_std", std, step)
-                writer.flush(), bar.write(f"eval at step {step:,}: return {mean:.2f} ± {std:.2f}")
+                bar.write(f"eval at step {step:,}: return {mean:.2f} ± {std:.2f}")
             if not all(value.isfinite().all() for value in agent.state_dict().values()):
                 raise FloatingPointError(f"step {step}: the networks have diverged")  # the last good checkpoint stays
             policy = config | dict(policy=agent.policy.state_dict()) | evaluations[-1]
@@ -549,7 +549,7 @@ def train(args: Args, envs: gym.vector.VectorEnv | None = None) -> None:
             for _ in range(round(args.updates_per_step * args.num_envs)):
                 updates += 1
                 index = torch.randint(min(replay.added, len(replay.table)), (args.batch_size,), device=device)
-                chains = 2 if updates % args.policy_frequency == 0 else 1  # the second one's noise: policies learn too
+                chains = 2 if updates % args.policy_frequency == 0 else 1  # a second one if policies learn too
                 logs |= learn(index, *(agent.policy.noise(args.batch_size) for _ in range(chains)))
         next_obs, reward, terminated, truncated, info = envs.step(action)
         seen = dict(obs=obs, next_obs=next_obs, state=state, next_state=info["state"])
@@ -559,7 +559,7 @@ def train(args: Args, envs: gym.vector.VectorEnv | None = None) -> None:
             logs["charts/episodic_return"] = info["episode"]["r"][done].mean()
             logs["charts/episodic_length"] = info["episode"]["l"][done].mean()
             obs, info = envs.reset(options={"reset_mask": done})
-            state = np.where(done[:, None], info["state"], state)  # zeros where the episode goes on
+            state = np.where(done[:, None], info["state"], state)  # info may hold zeros for copies that go on
         step += args.num_envs
         bar.update(args.num_envs)
         if step % 1000 < args.num_envs or step >= args.total_timesteps:  # the scalars of the last update

@@ -90,9 +90,13 @@ def test_tensorboard_has_every_evaluation_and_the_glossary_every_scalar(program)
     glossary = (ROOT / "runs" / f"{program.name}.md").read_text()
     assert [tag for tag in sorted(written) if f"`{tag}`" not in glossary] == []
     for column in ("return_mean", "return_std", "normalized_score") if program.name == "dom2" else ("return_mean",):
-        curve = {event.step: event.value for event in events.Scalars(f"eval/{column}")}
-        want = {int(row["step"]): float(row[column]) for row in rows(program.whole)}
-        assert {step: curve.get(step) for step in want} == pytest.approx(want, rel=1e-5)
+        all_evaluations_are_in_tensorboard(program.whole, column)
+
+
+def all_evaluations_are_in_tensorboard(run, column="return_mean"):
+    curve = {event.step: event.value for event in EventAccumulator(str(run)).Reload().Scalars(f"eval/{column}")}
+    want = {int(row["step"]): float(row[column]) for row in rows(run)}
+    assert {step: curve.get(step) for step in want} == pytest.approx(want, rel=1e-5)
 
 
 def test_the_same_seed_is_the_same_run_and_another_seed_another(program):
@@ -152,6 +156,7 @@ def test_a_run_killed_again_and_again_is_the_uninterrupted_one(program, start, m
     assert code == 0, err
     assert rows(run) == rows(whole) and equal(*(load(path / "checkpoint.pt") for path in (run, whole)))
     assert equal(*(load(path / "policy.pt")["policy"] for path in (run, whole)))
+    all_evaluations_are_in_tensorboard(run)
     assert (run / "curve.png").exists() and not list(run.glob("unfinished*"))
     assert videos == [whole / "videos", run / "videos"]  # it is still wanted
 
@@ -319,7 +324,7 @@ def test_a_damaged_config(program, text):
 
 def test_evaluate_repeats_the_last_evaluation(program, tmp_path):
     """Of a run's directory, and of its policy.pt alone, wherever it lies; nothing is written."""
-    run, moved = program.copy(), tmp_path / "elsewhere" / "best.pt"
+    run, moved = program.copy(), tmp_path / "else=where" / "best.pt"
     moved.parent.mkdir()
     shutil.copy(run / "policy.pt", moved)
     before = contents(tmp_path)

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import inspect
+import json
 import math
 import operator
 import re
@@ -872,6 +873,16 @@ def test_an_evaluation_needs_no_data_and_a_resumed_run_is_told_where_they_are_no
     assert code == 0 and len(curve(run)) == 4 and "1,000 transitions" in out, err
     code, _, err = cli("--resume", run, "--data-fraction", 0.25, run_dir=False)
     assert code == 2 and "--data-fraction" in err and len(err.splitlines()) == 1
+
+
+def test_data_of_another_seed_may_move_too(cli, tmp_path, data):
+    named = shutil.copytree(data, data.parent / "seed_3_data")
+    card = json.loads((named / "card.json").read_text())
+    (named / "card.json").write_text(json.dumps(card | {"seed": 3}))
+    assert cli("--dataset", "omar_simple_spread-random", "--data-seed", 3, *SHORT)[0] == 0
+    run, moved = the_run(tmp_path), shutil.move(named, tmp_path / "moved")
+    code, _, err = cli("--resume", run, "--total-updates", 12, "--dataset", moved, "--data-seed", 0, run_dir=False)
+    assert code == 0 and len(curve(run)) == 4, err
 
 
 # --- presets ---
