@@ -307,10 +307,10 @@ class DOM2(nn.Module):
         """Bellman error, and pessimism about actions outside the data, summed over agents [DOM2 critic]:
 
             L = sum_q {E[(Q_q(o, a) - y)^2] + zeta E[logsumexp_M Q_q(o, a~) - Q_q(o, a)]}
-            y = r + gamma (1 - terminated) min_q Q'_q(o', b'),   b' and Q' of the averages; truncated: not terminated
+            y = r + gamma (1 - terminated) min_q Q'_q(o', b'),   b' and Q' of the averages
 
         a~ are M uniform actions [M, N, rows, A] on the first `rows` of the batch [deviation E3], with `cql_own` one of
-        the averaged policy too. Also returns how much the first Q varies over the uniform ones [N]."""
+        the averaged policy too. A truncated step is not terminated. Also returns the first Q's std over uniform a~ [N]."""
         (m, n, rows, a), args = uniform.shape, self.args
         others = uniform.transpose(0, 1).reshape(n, m * rows, a)
         with torch.no_grad():

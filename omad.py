@@ -543,9 +543,9 @@ def train(args: Args, envs: gym.vector.VectorEnv | None = None) -> None:
         action = act(obs) if step >= args.learning_starts else uniform()
         # Learn from what is stored by now: a GPU does it while the environments step.
         if step > args.learning_starts:  # not at 0, when nothing is stored
-            cosine = math.cos(math.pi * step / args.total_timesteps) if args.lr_decay else 1.0  # [deviation D8]
-            for adam, rate in zip(agent.adams, (args.policy_lr, args.q_lr)):
-                adam.param_groups[0]["lr"].fill_(rate * (1 + cosine) / 2)
+            if args.lr_decay:  # [deviation D8]
+                for adam, rate in zip(agent.adams, (args.policy_lr, args.q_lr)):
+                    adam.param_groups[0]["lr"].fill_(rate * (1 + math.cos(math.pi * step / args.total_timesteps)) / 2)
             for _ in range(round(args.updates_per_step * args.num_envs)):
                 updates += 1
                 index = torch.randint(min(replay.added, len(replay.table)), (args.batch_size,), device=device)
