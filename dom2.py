@@ -310,7 +310,7 @@ class DOM2(nn.Module):
             y = r + gamma (1 - terminated) min_q Q'_q(o', b'),   b' and Q' of the averages
 
         a~ are M uniform actions [M, N, rows, A] on the first `rows` of the batch [deviation E3], with `cql_own` one of
-        the averaged policy too. A truncated step is not terminated. Also returns the first Q's std over uniform a~ [N]."""
+        the averaged policy too. A truncated step is not terminated. Also returns Q_1's std over uniform a~ [N]."""
         (m, n, rows, a), args = uniform.shape, self.args
         others = uniform.transpose(0, 1).reshape(n, m * rows, a)
         with torch.no_grad():
