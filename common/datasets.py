@@ -7,8 +7,8 @@ A data set is a folder of .npy files in the layout that OMAR introduced, one of 
 
 Row t is a transition, and episodes follow each other row by row. In the particle tasks `dones` is 0 throughout, and
 episodes are blocks of 25 rows. In MuJoCo it is 1 in the last row of an episode: after `horizon` steps (1000) that is
-the time limit, before that a fall. Tag and world also hold the prey, as the last agent. Data made here have a
-`card.json`: what they are, who made them, how they score, and a checksum of every file. Others load without.
+the time limit, before that a fall. Tag and world also hold the prey, as the last agent. Data that have a name here have
+a `card.json`: what they are, who made them, how they score, and a checksum of every file. Others load without.
 
 Shape letters: T transitions, N agents (of the team), O observation, A action, S joint state, K episodes.
 """
@@ -154,8 +154,10 @@ def data_folder(name: str, seed: int = 0, root: Path | None = None) -> Path:
 
 
 def is_folder(source: str | Path) -> bool:
-    """Whether that is a path, as it is unless it looks like the name of a data set."""
-    return str(source) != "" and (Path(source).expanduser().is_dir() or len(Path(source).parts) > 1)
+    """Whether that is the path of a folder, and not a name: a `Path`, a folder that is there, or several parts."""
+    if isinstance(source, Path):
+        return True
+    return source != "" and (Path(source).expanduser().is_dir() or len(Path(source).parts) > 1)
 
 
 def find_env_id(source: str | Path, env_id: str = "") -> str:

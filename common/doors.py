@@ -8,8 +8,9 @@ episode. At each step an agent tries a place in [-1, 1]:
     at the wall            -0.1 for that agent
 
 Else the episode goes on, or ends with probability 0.1. So the mean return of the team is what a discount of 0.9 gives,
-and depends on nothing but the chances of each place: `exact_value`. An agent who always tries the same window is through
-at once or never; who cannot remember must mix. The joint state, which critics see and agents do not, is the open window.
+and depends on nothing but the chances of each place: `exact_value`. An agent who always tries the same window is
+through at once or never; who cannot remember must mix. The joint state, which critics see and agents do not, is the
+open window.
 """
 
 import gymnasium as gym
@@ -31,7 +32,7 @@ def chances(actions: np.ndarray) -> np.ndarray:
 
 
 def exact_value(chances: np.ndarray) -> np.ndarray:
-    """The mean team return [...] of two agents that mix places with these chances [..., 2, 5], without a limit of steps."""
+    """Mean team return [...] of two agents that mix places with these chances [..., 2, 5], without a limit of steps."""
     through = 1 - np.prod(1 - chances[..., :4], axis=-2)  # at each step, by open window [..., 4]
     reward = through - WALL * chances[..., 4].mean(-1, keepdims=True)
     return (reward / (1 - (1 - END) * (1 - through))).mean(-1)

@@ -36,8 +36,6 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")  # the banner would come before our own first line
-if sys.platform == "linux":
-    os.environ.setdefault("MUJOCO_GL", "egl")  # videos without a screen; mujoco reads it when it is imported
 
 import farama_notifications
 import gymnasium as gym
@@ -45,6 +43,8 @@ import mujoco
 import numpy as np
 import torch
 
+if sys.platform == "linux":  # videos without a screen; only now, as mujoco's import fails where libEGL is missing
+    os.environ.setdefault("MUJOCO_GL", "egl")  # gymnasium reads it when it draws
 farama_notifications.notifications.pop("gymnasium_robotics", None)  # printed at every import, about other robots
 from gymnasium_robotics import mamujoco_v1
 from gymnasium_robotics.envs.multiagent_mujoco import many_segment_ant, many_segment_swimmer
@@ -69,7 +69,7 @@ Opponent = Callable[[np.ndarray], np.ndarray]  # own observation -> action in [-
 class Task:
     """How one task is made, and what stands for it in listings."""
 
-    make: Callable[..., ParallelEnv]  # make(render_mode=...); joints= too for MaMuJoCo, shift= for scenarios of OMAR's
+    make: Callable[..., ParallelEnv]  # make(render_mode=); joints=, motion= too in MaMuJoCo, shift= in OMAR's scenarios
     description: str
     horizon: int = 25  # steps of the longest episode
     opponents: Mapping[str, Opponent] = field(default_factory=dict)  # agents outside the team, and each one's script
@@ -234,11 +234,6 @@ def find_task(env_id: str) -> Task:
     raise BadInput(f"unknown task {env_id!r}; did you mean {' or '.join(near)}? --list-tasks shows all")
 
 
-def offers_shift(env_id: str) -> list[str]:
-    """What `make_env` takes for `shift` in this task, beside ""; see there."""
-    return list(find_task(env_id).shifts)
-
-
 def task_table() -> str:
     """Every task with its sizes, a line each."""
     lines = [f"{'task':33} agents  {'observations':16} {'actions':20} state  steps  what it is"]
@@ -294,37 +289,9 @@ def make_env(env_id: str, observation="", render_mode: str | None = None, prey="
         env = TeamEnv(robot, own_state=True, observe_state=joints is None)
     else:
         inside = {"shift": shift} if task.scenario else {}
-        env = TeamEnv(task.make(render_mode=render_mode, **inside), opponents, own_state=task.own_state)
-    return ShiftedRobot(env, shift) if shift in ROBOT_SHIFTS else env
-
-
-class ShiftedRobot(gym.Wrapper):
-    """HalfCheetah whose body is redrawn at each reset, see `ROBOT_SHIFTS`: the factor on all motors' gears, the density
-    of the torso (usually 1000: its mass and inertia follow), and the sliding friction of all surfaces (usually 0.4)."""
-
-    def __init__(self, env: gym.Env, shift: str):
-        super().__init__(env)
-        robot = env.env.single_agent_env.unwrapped
-        self.ranges, self.model, self.data = ROBOT_SHIFTS[shift], robot.model, robot.data
-        self.torso, self.generator = self.model.body("torso").id, np.random.default_rng()
-        self.usual = [x.copy() for x in (self.model.actuator_gear, self.model.body_mass, self.model.body_inertia)]
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
-        if seed is not None:  # a generator of its own, so that the starts are those of the usual environment
-            self.generator = np.random.default_rng([seed, 1])
-        draws = {}
-        for name, intervals in self.ranges.items():
-            sizes = np.array([high - low for low, high in intervals])
-            low, high = intervals[self.generator.choice(len(intervals), p=sizes / sizes.sum())]
-            draws[name] = self.generator.uniform(low, high)
-        gear, mass, inertia = self.usual
-        heavier = draws["density"] / 1000.0
-        self.model.actuator_gear[:] = gear * draws["power"]
-        self.model.body_mass[self.torso] = mass[self.torso] * heavier
-        self.model.body_inertia[self.torso] = inertia[self.torso] * heavier
-        self.model.geom_friction[:, 0] = draws["friction"]
-        mujoco.mj_setConst(self.model, self.data)  # what follows from the masses
-        return self.env.reset(seed=seed, options=options)
+        kind = partial(ShiftedRobot, shift) if shift in ROBOT_SHIFTS else TeamEnv
+        env = kind(task.make(render_mode=render_mode, **inside), opponents, own_state=task.own_state)
+    return env
 
 
 def cores() -> int:
@@ -413,8 +380,7 @@ class TeamEnv(gym.Env):
 
     def _gather(self, observations: dict[str, np.ndarray], agent_rewards: np.ndarray):
         self._opponent_obs = {name: observations[name] for name in self.opponents}
-        if not self.observe_state:
-            every = np.concatenate([observations[agent] for agent in self.agents], dtype=np.float32)
+        every = np.concatenate([observations[agent] for agent in self.agents], dtype=np.float32)
         state = self.env.state().astype(np.float32) if self.own_state else every  # [S]
         obs = np.zeros(self.obs_mask.shape, np.float32)  # [N, O]
         if self.observe_state:
@@ -428,6 +394,35 @@ class TeamEnv(gym.Env):
 
     def close(self):
         self.env.close()
+
+
+class ShiftedRobot(TeamEnv):
+    """HalfCheetah whose body is redrawn at each reset, see `ROBOT_SHIFTS`: the factor on all motors' gears, the density
+    of the torso (usually 1000: its mass and inertia follow), and the sliding friction of all surfaces (usually 0.4)."""
+
+    def __init__(self, shift: str, env: ParallelEnv, *options, **more):
+        super().__init__(env, *options, **more)
+        robot = env.single_agent_env.unwrapped
+        self.ranges, self.model, self.data = ROBOT_SHIFTS[shift], robot.model, robot.data
+        self.torso, self.generator = self.model.body("torso").id, np.random.default_rng()
+        self.usual = [x.copy() for x in (self.model.actuator_gear, self.model.body_mass, self.model.body_inertia)]
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
+        if seed is not None:  # a generator of its own, so that the starts are those of the usual environment
+            self.generator = np.random.default_rng([seed, 1])
+        draws = {}
+        for name, intervals in self.ranges.items():
+            sizes = np.array([high - low for low, high in intervals])
+            low, high = intervals[self.generator.choice(len(intervals), p=sizes / sizes.sum())]
+            draws[name] = self.generator.uniform(low, high)
+        gear, mass, inertia = self.usual
+        heavier = draws["density"] / 1000.0
+        self.model.actuator_gear[:] = gear * draws["power"]
+        self.model.body_mass[self.torso] = mass[self.torso] * heavier
+        self.model.body_inertia[self.torso] = inertia[self.torso] * heavier
+        self.model.geom_friction[:, 0] = draws["friction"]
+        mujoco.mj_setConst(self.model, self.data)  # what follows from the masses
+        return super().reset(seed=seed, options=options)
 
 
 def _action_converter(env: ParallelEnv, agent: str) -> tuple[int, Callable[[np.ndarray], np.ndarray]]:
@@ -503,9 +498,9 @@ def record_video(act: Act, env_id: str, folder: Path, seed: int, observation="",
 
 
 def demonstrate(act: Act, env_id: str, episodes: int, seed: int, film: str = "", **options) -> float:
-    """Prints and returns a policy's mean return over so many episodes; films it into a folder videos in or beside `film`.
+    """Prints and returns a policy's mean return over so many episodes; films it into videos/, in or beside `film`.
 
-    `options` are those of `make_env`; start states and noise depend on `seed` only.
+    `options` are those of `make_env`; the returns depend on `seed` only, a film's noise does not.
     """
     returns = evaluate(act, make_vec(env_id, episodes, **options), seed)
     said = ", ".join(
@@ -542,7 +537,7 @@ class RecordPositions(gym.vector.VectorWrapper):
 
 
 def versions() -> dict:
-    """What makes runs and data: the machine, this project, whose tasks `omar_...` are, Python, and the packages."""
+    """What makes runs and data: the machine, this project's revision, Python, and the packages."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         revision = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -40,7 +40,7 @@ class LegacyWorld(World):
         return agent.mass * (agent.accel or 1.0) * agent.action.u * getattr(agent, "pace", 1.0)
 
     def set_action(self, agent, action):
-        agent.action.u = action * np.float64(agent.accel or 5.0)
+        agent.action.u = action * np.float64(agent.accel or 5.0)  # in mpe2's precision, for its very numbers
 
     def apply_action_force(self, p_force):
         for i, agent in enumerate(self.agents):

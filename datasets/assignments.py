@@ -1,6 +1,6 @@
 """Data with several good assignments: three agents, six landmarks.
 
-    python datasets/assignments.py                # twenty seconds; DOM2 learns from them with dom2.py --dataset FOLDER
+    python datasets/assignments.py      # twenty seconds; dom2.py --dataset FOLDER --env-id omar_simple_spread_6 learns
 
 The motivating example of DOM2's paper, as far as we know it. The data are episodes of a script on omar_simple_spread_6:
 at the start of each it draws one of the 10 assignments (of 120) of agents to landmarks with the shortest way in total,
@@ -39,7 +39,7 @@ def make_data() -> None:
         for name, value in zip(rows, values):
             rows[name].append(value)
         obs = next_obs
-        # The first step of every episode is enough: it is another one if task or script were others then.
+        # The first step of every episode is looked at: after a change that shows only later, delete them.
         if not step and has_arrays(FOLDER, {name: steps[0] for name, steps in rows.items()}, every=25):
             return print(f"data      {FOLDER}: there already")
     whole = {name: np.stack(steps, 1, dtype=np.float32) for name, steps in rows.items()}  # [episodes, 25, 3, ...]

@@ -36,7 +36,8 @@ from writer import Writer
 CHUNK = 10_000  # transitions that are played side by side and written together
 GAIN, NOISE = 4.0, 0.45  # of `adaptive`: so its mean return is that of OMAR's expert data
 LEVELS = {  # who plays, in an order that seeds know; what a card says of it, or nothing of a behaviour policy
-    "random": "uniform in [-1, 1]", "medium": "", "expert": "", "adaptive": f"scripts.spread, gain {GAIN:g}, noise {NOISE}"
+    "random": "uniform in [-1, 1]", "medium": "", "expert": "",
+    "adaptive": f"scripts.spread, gain {GAIN:g}, noise {NOISE}",
 }  # fmt: skip
 SAVE_EVERY = 5.0  # seconds of work that an interruption may cost
 
@@ -242,7 +243,7 @@ def main() -> int:
     except BadInput as error:
         print(f"collect.py: error: {error}", file=sys.stderr)
         return 2
-    except (RuntimeError, OSError, MemoryError) as error:
+    except (RuntimeError, FloatingPointError, OSError, MemoryError) as error:
         print(f"collect.py: failed: {error}", file=sys.stderr)
         return 3
     except KeyboardInterrupt:

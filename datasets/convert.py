@@ -46,7 +46,7 @@ def write(
     if obs.ndim != 3 or actions.ndim != 3 or not rows or {actions.shape[:2], rewards.shape} != {obs.shape[:2]}:
         shapes = f"observations {list(obs.shape)}, actions {list(actions.shape)}, rewards {list(rewards.shape)}"
         raise BadInput(f"{source}: {shapes} do not belong together")
-    if obs.shape[1] not in (agents, agents + len(prey) // 5):
+    if obs.shape[1] not in (agents, agents + sum(name.startswith("obs_") for name in prey)):
         raise BadInput(f"{source}: has {obs.shape[1]} agents, {env_id} has {agents}")
     shapes = team | prey if obs.shape[1] > agents else team
     if state is not None and "states_0" in team and team["states_0"] not in ((None,), state.shape[1:]):
@@ -217,12 +217,16 @@ def from_madiff(folder: tyro.conf.Positional[Path], env_id: str, out: Path) -> N
             reason = " ".join(str(error).split())[:100]
             raise BadInput(f"{folder}/{name}.npy: missing, cut short, or not a file of MADiff's ({reason})") from error
     obs, actions, rewards, lengths = arrays
+    fits = obs.ndim == 3 and rewards.shape[:1] == obs.shape[:1] and lengths.ndim == 1
+    if not fits or not lengths.size or lengths.dtype.kind not in "iu":
+        shapes = ", ".join(f"{list(array.shape)} {array.dtype}" for array in arrays)
+        raise BadInput(f"{folder}: obs, actions, rewards and path_lengths are {shapes}: not as in MADiff's data")
     horizon = find_task(env_id).horizon
     if lengths.sum() != len(obs) or not 1 <= lengths.min() <= lengths.max() <= horizon:
         what = f"not the lengths of the episodes in {len(obs):,} rows, of at most {horizon} steps in {env_id}"
         raise BadInput(f"{folder}/path_lengths.npy: {what}")
     agents, marks = obs.shape[1], np.zeros(len(obs), bool)
-    if obs.ndim != 3 or not (obs[:, :, :agents] == np.eye(agents)).all():
+    if obs.shape[2] < agents or not (obs[:, :, :agents] == np.eye(agents)).all():
         raise BadInput(f"{folder}/obs.npy: observations do not begin with the agent's number as one of {agents}")
     marks[lengths.cumsum() - 1] = True
     write(env_id, out, folder, obs[:, :, agents:], actions, rewards.reshape(len(obs), -1), marks)

@@ -29,7 +29,8 @@ def make_data() -> None:
     missed = place(action[..., 0]) == len(WINDOWS)  # [episodes, 2]
     through = ~missed.all(1, keepdims=True)  # [episodes, 1]
     reward = through - WALL * missed
-    done = np.ones_like(reward)  # every step ends its episode, so nothing comes next
+    done = np.ones_like(reward)
+    # Every step ends its episode, so nothing comes next; the same observation again would look like a shifted mark.
     rows = dict(obs=ones, acs=action, rews=reward, next_obs=0 * ones, dones=done)
     if has_arrays(FOLDER, rows):
         return print(f"data      {FOLDER}: there already")

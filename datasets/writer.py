@@ -32,14 +32,15 @@ class Writer:
         self.folder, self.temporary = folder, folder.with_name(f".{folder.name}.unfinished")
         self.env_id, self.transitions, self.agents = env_id, transitions, layout(env_id)[2]
         self.origin, self.scratch = json.loads(json.dumps(origin)), self.temporary / "scratch"
-        if folder.exists():
-            raise BadInput(f"{folder}: is there already; delete it first, or give the name of a new folder")
         folder.parent.mkdir(parents=True, exist_ok=True)
         self.lock = filelock.FileLock(self.temporary.with_suffix(".lock"))
         try:
             self.lock.acquire(blocking=False)
         except filelock.Timeout as error:
             raise BadInput(f"{folder}: another process is making this data set") from error
+        if folder.exists():  # looked at only now, when no other process can be about to make it
+            self._unlock()
+            raise BadInput(f"{folder}: is there already; delete it first, or give the name of a new folder")
         progress, self.done = self.temporary / "progress.json", 0
         if progress.exists():
             before = json.loads(progress.read_bytes())

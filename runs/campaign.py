@@ -33,7 +33,7 @@ sys.path.insert(0, str(ROOT))
 import dom2
 import omad
 from common.datasets import SPLITS, data_folder
-from common.envs import BadInput, find_task, offers_shift
+from common.envs import BadInput, find_task
 
 RESULTS = where = ROOT / "runs" / "results"  # the second: where this process looks, see --results
 PROGRAMS = {"omad": omad, "dom2": dom2}
@@ -203,7 +203,7 @@ def work(run: Run) -> None:
     (folder / "curve.png").unlink(missing_ok=True)  # the report draws it from eval.csv
     env_id = PROGRAMS[program].load(folder / "policy.pt")["args"]["env_id"]
     settings = {"usual": ""} | run.part.settings.get(run.variant, {})
-    settings |= {shift: f"--shift {shift}" for shift in offers_shift(env_id) if program == "dom2"}
+    settings |= {shift: f"--shift {shift}" for shift in find_task(env_id).shifts if program == "dom2"}
     lines = ["setting,return_mean,return_std,episodes"]
     for setting, flags in settings.items():
         episodes = 1000 if find_task(env_id).horizon <= 100 else 50

@@ -28,7 +28,7 @@ import cards
 import omad
 from common.datasets import SCORES, SPLITS, normalize
 from common.doors import WINDOWS
-from common.envs import offers_shift, record_video
+from common.envs import find_task, record_video
 
 DOCUMENTS = ["README.md", *(f"runs/{name}.md" for name in ("omad", "dom2", "speed"))]
 DOCUMENTS += [f"datasets/{name}README.md" for name in ("", "cards/", "policies/")]
@@ -283,7 +283,7 @@ def dom2_summary() -> str:
     return table(head, rows, f"*{len(DATA)} data sets, {seeds} seeds of each method.*")
 
 
-SHIFTED = [(dataset, shift) for dataset in DATA for shift in offers_shift(dataset.partition("-")[0])]
+SHIFTED = [(dataset, shift) for dataset in DATA for shift in find_task(dataset.partition("-")[0]).shifts]
 normalised = lambda method: [normalize(d.partition("-")[0], fresh("offline", d, method)) for d in DATA]
 best_of = lambda dataset, shift: max(METHODS, key=lambda m: iqm(fresh("offline", dataset, m, shift)))
 

@@ -562,6 +562,8 @@ def test_a_data_set_is_found_by_its_name(made, monkeypatch):
     with pytest.raises(BadInput, match="make it with: python datasets/collect.py --dataset omar_simple_spread-expert"):
         load_dataset("omar_simple_spread-expert")
     assert is_folder(folder) and is_folder("nowhere/at/all") and not is_folder("omar_simple_spread-random")
+    with pytest.raises(BadInput, match="no such folder"):
+        load_dataset(Path("nowhere"))
     monkeypatch.setattr("common.datasets._open", None)
     assert [find_env_id(source) for source in (folder, "omar_simple_spread-expert")] == ["omar_simple_spread"] * 2
 
@@ -1295,6 +1297,22 @@ def test_bad_files_of_madiff_are_refused_in_one_line(lengths, extra, reason, tmp
         and not [*tmp_path.glob("*new*")]
     )
     assert str(tmp_path / "new") not in err  # which is gone again
+
+
+@pytest.mark.parametrize(
+    "name, damaged",
+    [
+        ("rewards", lambda a: a[:-1]), ("rewards", lambda a: np.float32(0)), ("obs", lambda a: a[:, 0, 0]),
+        ("obs", lambda a: a[:, :, :1]), ("path_lengths", lambda a: a.astype(float)), ("path_lengths", lambda a: a[:0]),
+    ],
+)  # fmt: skip
+def test_arrays_of_madiff_that_do_not_fit_are_refused_in_one_line(name, damaged, tmp_path, monkeypatch, capsys):
+    madiff(tmp_path / "theirs", [1000])
+    path = tmp_path / "theirs" / f"{name}.npy"
+    np.save(path, damaged(np.load(path)))
+    flags = ["--env-id", "mamujoco_halfcheetah_2x3", "--out", tmp_path / "new"]
+    code, _, err = converted(monkeypatch, capsys, "from-madiff", tmp_path / "theirs", *flags)
+    assert code == 2 and str(tmp_path / "theirs") in err and len(err.splitlines()) == 1
 
 
 def test_wild_actions_of_others_are_clipped_and_counted(tmp_path, monkeypatch, capsys):

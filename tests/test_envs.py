@@ -1,5 +1,9 @@
 """The wrapper against the upstream environment."""
 
+import os
+import subprocess
+import sys
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -7,6 +11,7 @@ from gymnasium.utils.env_checker import check_env
 from mpe2 import simple_reference_v3, simple_speaker_listener_v4, simple_spread_v3
 
 from common.envs import TASKS, BadInput, RecordPositions, make_env, make_vec, mix_seed, record_video, versions
+from conftest import ROOT
 
 UPSTREAM = {
     "mpe_simple_spread": (simple_spread_v3, dict(N=3, local_ratio=0.5)),
@@ -161,3 +166,23 @@ def test_versions_and_seeds():
     )
     seeds = {mix_seed(a, b) for a in range(30) for b in range(30)}
     assert len(seeds) == 900 and all(0 <= seed < 2**31 for seed in seeds)
+
+
+WITHOUT_EGL = """
+import ctypes, ctypes.util, os
+load, find = ctypes.CDLL.__init__, ctypes.util.find_library
+def without(self, name, *args, **options):
+    if "EGL" in str(name):
+        raise OSError("no libEGL here")
+    load(self, name, *args, **options)
+ctypes.CDLL.__init__, ctypes.util.find_library = without, lambda name: None if "EGL" in name else find(name)
+import common.envs
+print(os.environ["MUJOCO_GL"], common.envs.make_env("mamujoco_ant_2x4").num_agents)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere mujoco draws without EGL")
+def test_only_films_need_egl():
+    usual = {name: value for name, value in os.environ.items() if name not in ("MUJOCO_GL", "PYOPENGL_PLATFORM")}
+    done = subprocess.run([sys.executable, "-c", WITHOUT_EGL], cwd=ROOT, env=usual, capture_output=True, text=True)
+    assert done.stdout == "egl 2\n", done.stderr

@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from common.envs import ROBOT_SHIFTS, BadInput, make_env, make_vec, offers_shift
+from common.envs import ROBOT_SHIFTS, BadInput, find_task, make_env, make_vec
 from common.omar import ParticleVec
 
 SLOWEST = {"simple_spread": 0.3, "simple_tag": 0.4, "simple_world": 0.5}
@@ -132,6 +132,13 @@ def test_a_shift_changes_what_happens_not_what_is_seen_first():
     assert np.abs(later[0] - later[1]).max() > 0.01
 
 
+def test_a_shifted_environment_has_the_sizes_of_the_usual_one():
+    for env_id, shift in (("omar_halfcheetah_2x3", "random"), ("omar_simple_spread", "speed")):
+        usual, shifted = make_env(env_id), make_env(env_id, shift=shift)
+        for name in ("obs_sizes", "action_sizes", "state_size", "num_agents"):
+            assert getattr(usual, name) == getattr(shifted, name)
+
+
 @pytest.mark.parametrize(
     "env_id, shift, reason",
     [
@@ -147,4 +154,5 @@ def test_a_task_is_shifted_only_as_it_can_be(env_id, shift, reason):
     for opened in (lambda: make_env(env_id, shift=shift), lambda: make_vec(env_id, 2, shift=shift)):
         with pytest.raises(BadInput, match=re.escape(f"--shift {shift!r}: {env_id} ") + ".*" + re.escape(reason)):
             opened()
-    assert shift not in offers_shift(env_id) and all(f"'{other}'" in reason for other in offers_shift(env_id))
+    shifts = find_task(env_id).shifts
+    assert shift not in shifts and all(f"'{other}'" in reason for other in shifts)
