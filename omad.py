@@ -106,7 +106,7 @@ OWN = {  # what else a task has [deviation D1]; in MaMuJoCo a robot, with all it
     "mpe_simple_reference": dict(v_min=-60.0), "mpe_collect_treasure": dict(v_min=-60.0, v_max=60.0),
     "mpe_simple_adversary": dict(v_max=30.0), "mpe_simple_spread_n4": dict(
         total_timesteps=1_000_000, num_envs=64, updates_per_step=0.03125, eval_every=50_000, buffer_size=300_000,
-        policy_lr=3e-3, q_lr=3e-3, v_min=-60.0),
+        v_min=-60.0),
     "doors_blind": dict(
         total_timesteps=256_000, updates_per_step=0.125, gamma=1.0, v_min=-2.0, v_max=4.0, alpha=0.02, policy_lr=3e-4,
         denoising_steps=8, time_power=1.5, x_scale=8.0, critic_hidden=256, target_entropy_scale=6.0),
