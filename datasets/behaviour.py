@@ -85,10 +85,11 @@ class Options:
 def main() -> int:
     torch.set_num_threads(1)
     options = tyro.cli(Options)
-    if not (options.run_dir / "policy.pt").exists():
-        print(f"behaviour.py: error: {options.run_dir}: no policy.pt there", file=sys.stderr)
+    try:
+        policy, saved = omad.load_policy(options.run_dir)
+    except BadInput as error:
+        print(f"behaviour.py: error: {error}", file=sys.stderr)
         return 2
-    policy, saved = omad.load_policy(options.run_dir / "policy.pt")
     args = dataclasses.replace(omad.Args(**saved["args"]), total_timesteps=saved["step"], run_dir="runs")
     copies = min(options.episodes, 1000 if find_task(args.env_id).horizon <= 100 else 50)
     envs = make_vec(args.env_id, copies, args.observation, prey=args.prey)
