@@ -43,8 +43,6 @@ import mujoco
 import numpy as np
 import torch
 
-if sys.platform == "linux":  # videos without a screen; only now, as mujoco's import fails where libEGL is missing
-    os.environ.setdefault("MUJOCO_GL", "egl")  # gymnasium reads it when it draws
 farama_notifications.notifications.pop("gymnasium_robotics", None)  # printed at every import, about other robots
 from gymnasium_robotics import mamujoco_v1
 from gymnasium_robotics.envs.multiagent_mujoco import many_segment_ant, many_segment_swimmer
@@ -283,15 +281,15 @@ def make_env(env_id: str, observation="", render_mode: str | None = None, prey="
     Raises `BadInput` for what the task does not have.
     """
     task, opponents = check_options(env_id, observation, prey, shift)
+    if render_mode and task.robot and sys.platform == "linux":  # not earlier: with it, mujoco's import needs libEGL
+        os.environ.setdefault("MUJOCO_GL", "egl")  # gymnasium then draws without a screen
+    kind = partial(ShiftedRobot, shift) if shift in ROBOT_SHIFTS else TeamEnv
     if env_id.startswith("mamujoco_"):
         joints = int(observation[1:]) if observation.startswith("k") else None
         robot = task.make(render_mode=render_mode, joints=joints, motion=observation == "motion")
-        env = TeamEnv(robot, own_state=True, observe_state=joints is None)
-    else:
-        inside = {"shift": shift} if task.scenario else {}
-        kind = partial(ShiftedRobot, shift) if shift in ROBOT_SHIFTS else TeamEnv
-        env = kind(task.make(render_mode=render_mode, **inside), opponents, own_state=task.own_state)
-    return env
+        return kind(robot, own_state=True, observe_state=joints is None)
+    inside = {"shift": shift} if task.scenario else {}
+    return kind(task.make(render_mode=render_mode, **inside), opponents, own_state=task.own_state)
 
 
 def cores() -> int:

@@ -86,7 +86,7 @@ def main() -> int:
     torch.set_num_threads(1)
     options = tyro.cli(Options)
     try:
-        policy, saved = omad.load_policy(options.run_dir)
+        policy, saved = omad.load_policy(options.run_dir / "policy.pt")
     except BadInput as error:
         print(f"behaviour.py: error: {error}", file=sys.stderr)
         return 2

@@ -133,10 +133,15 @@ def test_a_shift_changes_what_happens_not_what_is_seen_first():
 
 
 def test_a_shifted_environment_has_the_sizes_of_the_usual_one():
-    for env_id, shift in (("omar_halfcheetah_2x3", "random"), ("omar_simple_spread", "speed")):
+    robots = (("omar_halfcheetah_2x3", "random"), ("mamujoco_halfcheetah_2x3", "extreme"))
+    for env_id, shift in (*robots, ("omar_simple_spread", "speed")):
         usual, shifted = make_env(env_id), make_env(env_id, shift=shift)
         for name in ("obs_sizes", "action_sizes", "state_size", "num_agents"):
             assert getattr(usual, name) == getattr(shifted, name)
+        if find_task(env_id).robot:
+            gears = [env.env.single_agent_env.unwrapped.model.actuator_gear for env in (usual, shifted)]
+            shifted.reset(seed=0)
+            assert (gears[0] != gears[1]).any()
 
 
 @pytest.mark.parametrize(
