@@ -32,6 +32,7 @@ from scripts import BEST, PURSUIT, pursuit, spread, still, uniform, walk, window
 BOTH = {"random": uniform, "standing still": still}
 CONTROLLERS = {
     **dict.fromkeys(("mpe_simple_spread", "mpe_simple_spread_n4"), BOTH | {"scripted": spread}),
+    "mpe_simple_adversary": BOTH,
     "doors_blind": BOTH | {"one window each": partial(windows, count=1), "two windows each": partial(windows, count=2)},
     **{f"mamujoco_{robot}": BOTH for robot in ("halfcheetah_2x3", "ant_2x4", "walker2d_2x3", "swimmer_2x1")},
     **{task: dict(random=uniform, straight=partial(pursuit, count=n), scripted=partial(pursuit, count=n, constants=c))
