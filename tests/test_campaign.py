@@ -63,7 +63,8 @@ def tiny(tmp_path, monkeypatch):
     part = campaign.Part("omad", ["mpe_simple_spread"], {"gaussian": "--policy gaussian"}, [1, 2], TINY, "200 steps")
     monkeypatch.setattr(campaign, "EXPERIMENTS", {"tiny": [part]})
     monkeypatch.setattr(campaign, "where", tmp_path)
-    monkeypatch.setattr(campaign, "find_task", lambda env_id: SimpleNamespace(horizon=1000))  # 50 fresh episodes
+    task = SimpleNamespace(horizon=1000, shifts=())  # 50 fresh episodes
+    monkeypatch.setattr(campaign, "find_task", lambda env_id: task)
     # In this process, one after the other, instead of in processes of their own.
     monkeypatch.setattr(campaign, "here", lambda todo, jobs: ([(run, campaign.one(run.name))] for run in todo))
     return lambda *flags: campaign.main(["tiny", "--results", str(tmp_path), *flags])

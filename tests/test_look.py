@@ -122,7 +122,7 @@ def test_entropy_from_distances():
 @pytest.mark.parametrize("policy", ["diffusion", "gaussian"])
 def test_entropy_of_an_online_run(policy, results, tmp_path, monkeypatch):
     """A Gaussian's bound is its entropy; a chain's is below it. Both lose by the tanh what saturates."""
-    flags = f"--policy {policy} --total-timesteps 320 --learning-starts 300 --eval-every 400 --eval-episodes 1"
+    flags = f"--policy {policy} --total-timesteps 320 --learning-starts 300 --eval-every 800 --eval-episodes 1"
     assert omad.main([*flags.split(), "--device", "cpu", "--seed", "3", "--run-dir", str(tmp_path / "runs")]) == 0
     (run,) = (tmp_path / "runs").iterdir()
     saved = torch.load(run / "policy.pt", weights_only=True)
