@@ -105,7 +105,7 @@ OWN = {  # what else a task has [deviation D1]; in MaMuJoCo a robot, with all it
     "mpe_simple": dict(v_min=-90.0), "mpe_simple_speaker_listener": dict(v_min=-90.0),
     "mpe_simple_reference": dict(v_min=-60.0), "mpe_collect_treasure": dict(v_min=-60.0, v_max=60.0),
     "mpe_simple_adversary": dict(v_max=30.0), "mpe_simple_spread_n4": dict(
-        total_timesteps=1_000_000, num_envs=64, updates_per_step=0.03125, eval_every=50_000, buffer_size=300_000,
+        total_timesteps=1_250_000, num_envs=64, updates_per_step=0.03125, eval_every=50_000, buffer_size=300_000,
         v_min=-60.0),
     "doors_blind": dict(
         total_timesteps=256_000, updates_per_step=0.125, gamma=1.0, v_min=-2.0, v_max=4.0, alpha=0.02, policy_lr=3e-4,
