@@ -1,15 +1,16 @@
 """Runs experiments: what is missing, and the rest of what was interrupted; on this machine or on a cluster.
 
 An experiment is data: see experiments.toml; commands are in README.md. A run is named experiment/task/variant/seed. It
-trains as a user would start it, then plays fresh episodes, whose start states no run and no search used. Everything
-lies in runs/results/<experiment>/<task or data set>/<variant>/<run>/; with fresh.csv in it a run is finished. A run
-that fails is named, the others go on, and the exit code is 1.
+trains as a user would start it, then plays fresh episodes, whose start states no run was trained or chosen by.
+Everything lies in runs/results/<experiment>/<task or data set>/<variant>/<run>/; with fresh.csv in it a run is
+finished. A run that fails is named, the others go on, and the exit code is 1.
 """
 
 import contextlib
 import csv
 import io
 import itertools
+import json
 import math
 import os
 import re
@@ -95,8 +96,8 @@ class Run:
         count, _, unit = part.length.partition(" ")
         words += [self.total, count] if count and unit != "minutes" else []
         while starred := [i for i, word in enumerate(words) if word.startswith("*")]:  # so many times what it would be
-            times, flag = words.pop(starred[-1]), words.pop(starred[-1] - 1)
             others = [word for i, word in enumerate(words) if i not in starred and i + 1 not in starred]
+            times, flag = words.pop(starred[-1]), words.pop(starred[-1] - 1)
             words += [flag, f"{vars(program.parse(others))[flag[2:].replace('-', '_')] * float(times[1:]):.6g}"]
         if times := part.times.get(re.split("[ -]", self.variant)[0]):  # with as many evaluations
             args = program.parse(words)
@@ -113,11 +114,10 @@ class Run:
     def share(self) -> float:
         """How much of it is there: 1 if it is finished."""
         run = self.find()
-        if not run or not (run / "eval.csv").exists() or (run / "fresh.csv").exists():
-            return float(run is not None and (run / "fresh.csv").exists())
-        args = PROGRAMS[self.part.program].load(run / "config.json")["args"]
-        total = args[self.total[2:].replace("-", "_")]
-        return 0.99 * min(1.0, int(rows_of(run / "eval.csv")[-1]["step"]) / total)
+        if not run or not (rows := rows_of(run / "eval.csv")):
+            return 0.0
+        total = json.loads((run / "config.json").read_text())["args"][self.total[2:].replace("-", "_")]
+        return 1.0 if (run / "fresh.csv").exists() else 0.99 * min(1.0, int(rows[-1]["step"]) / total)
 
 
 def declared(names: tuple[str, ...] = tuple(EXPERIMENTS)) -> list[Run]:
@@ -134,8 +134,8 @@ def call(program: str, flags: list[str]) -> str:
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
         try:
             code = PROGRAMS[program].main(flags)
-        except SystemExit as exit:  # of the command line's parser
-            code = exit.code
+        except SystemExit:  # of the command line's parser, below a title
+            raise RuntimeError(re.findall(r"\w.*\w", err.getvalue())[1]) from None
     if code:
         raise RuntimeError((err.getvalue().strip() or f"exit code {code}").splitlines()[-1])
     return out.getvalue()
@@ -203,12 +203,13 @@ def work(run: Run) -> None:
     (folder / "curve.png").unlink(missing_ok=True)  # the report draws it from eval.csv
     env_id = PROGRAMS[program].load(folder / "policy.pt")["args"]["env_id"]
     settings = {"usual": ""} | run.part.settings.get(run.variant, {})
-    settings |= {shift: f"--shift {shift}" for shift in find_task(env_id).shifts if program == "dom2"}
+    if program == "dom2" and run.experiment != "search":
+        settings |= {shift: f"--shift {shift}" for shift in find_task(env_id).shifts}
     lines = ["setting,return_mean,return_std,episodes"]
     for setting, flags in settings.items():
         episodes = 1000 if find_task(env_id).horizon <= 100 else 50
-        fresh = ["--seed", "1000", "--eval-episodes", str(episodes), "--device", "cpu"]
-        said = call(program, ["--evaluate", str(folder), *fresh, *flags.split()])
+        flags += f" --seed {2000 if run.experiment == 'search' else 1000} --eval-episodes {episodes} --device cpu"
+        said = call(program, ["--evaluate", str(folder), *flags.split()])
         lines.append(",".join([setting, *re.search(r"return (\S+) ± (\S+) over", said).groups(), str(episodes)]))
     if run.experiment == "search":
         keep_trial(folder, lines[1].partition(",")[2])
@@ -231,6 +232,7 @@ def here(todo: list[Run], jobs: int) -> Iterator[list[tuple[Run, str]]]:
     finally:
         for process in running.values():
             process.terminate()
+            process.wait()
 
 
 def cluster(todo: list[Run], address: str, cpus: float, gpus: float) -> Iterator[list[tuple[Run, str]]]:
@@ -267,10 +269,13 @@ def one(name: str) -> str:
     """Works on the run of this name; what went wrong, if it did."""
     names = tuple({name.split("/")[0]} & EXPERIMENTS.keys())
     found = [run for run in declared(names) if run.name == name]
+    if not found:
+        return "no such run is declared"
     try:
-        return work(found[0]) or "" if found else "no such run is declared"
+        work(found[0])
     except (RuntimeError, BadInput) as error:
         return str(error)
+    return ""
 
 
 @dataclass(frozen=True)
@@ -293,12 +298,15 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # also of a run, so that what it has started ends too
     options = tyro.cli(Options, args=argv)
     where = options.results.resolve()
-    if unknown := [name for name in options.experiments if name not in EXPERIMENTS]:
-        print(f"campaign.py: no experiment {unknown[0]!r}; there are {', '.join(EXPERIMENTS)}", file=sys.stderr)
+    known, wrong = ", ".join(EXPERIMENTS), [name for name in options.experiments if name not in EXPERIMENTS]
+    if wrong or options.jobs < 1:
+        problem = f"no experiment {wrong[0]!r}; there are {known}" if wrong else "--jobs must be at least 1"
+        print(f"campaign.py: {problem}", file=sys.stderr)
         return 2
     if options.one:
-        error = one(options.one)
-        return print(error, file=sys.stderr) or 1 if error else 0
+        if error := one(options.one):
+            print(error, file=sys.stderr)
+        return int(bool(error))
     if not options.experiments:
         for name in EXPERIMENTS:
             runs = declared((name,))
@@ -309,9 +317,8 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{len(chosen)} runs, of which {sum(run.share() == 1 for run in chosen)} are there", flush=True)
     if not (todo := [run for run in chosen if run.share() < 1]):
         return 0 if chosen else 2
-    failed, running = 0, set(todo)
-    before = sum(run.share() for run in todo)
-    bar = tqdm(total=len(todo), initial=before, bar_format="{l_bar}{bar}| {n:.2f}/{total} runs [{elapsed}<{remaining}]")
+    failed, running, form = 0, set(todo), "{l_bar}{bar}| {n:.2f}/{total} runs [{elapsed}<{remaining}]"
+    bar = tqdm(total=len(todo), initial=sum(run.share() for run in todo), bar_format=form)
     there = cluster(todo, options.address, options.cpus, options.gpus) if options.address else here(todo, options.jobs)
     try:
         for finished in there:
@@ -322,7 +329,7 @@ def main(argv: list[str] | None = None) -> int:
             bar.n = len(todo) - len(running) + sum(run.share() for run in running)
             bar.refresh()
     except KeyboardInterrupt:
-        there.close()  # which ends what runs
+        there.close()  # on this machine that ends what runs
         print("\ncampaign.py: interrupted; the same command goes on", file=sys.stderr)
         return 130
     bar.close()

@@ -2,10 +2,10 @@
 
     python runs/look.py RUN_DIR RUN_DIR ...
 
-Of dom2.py, a row of runs/results/belief.csv: where it falls short, is it critics or policies? Means over steps of what
-the critics (the smaller of the two averaged ones) `believed` of what policies did, and what they `earned`, the
-discounted rewards that followed, with the critics' belief behind the end; the share of an action's entries beyond 0.99
-(`edge`); over 10,000 rows of the data, what critics believe of the actions in them (`data`) and of the policies' `own`.
+Of dom2.py, a row of results/belief.csv: where it falls short, is it critics or policies? Means over steps of what the
+critics (the smaller of the two averaged ones) `believed` of what policies did, and what they `earned`, the discounted
+rewards that followed, with the critics' belief behind the end; the share of an action's entries beyond 0.99 (`edge`);
+over 10,000 rows of the data, what critics believe of the actions in them (`data`) and of the policies' `own`.
 Of omad.py, a row of entropy.csv: means over states of an episode of the `bound` that training counts, on the joint
 entropy of all actions in nats, and of the `entropy`, estimated from samples; of robots that move in x and y, how
 many `squares` of 1 m² the torso was in while training.
@@ -91,6 +91,7 @@ def noise(run: Path, states: int = 20, samples: int = 4000) -> tuple[dict, dict]
     policy, saved = omad.load_policy(run)
     args, act, seen, done = omad.Args(**saved["args"]), omad.make_act(policy), [], False
     envs = make_vec(args.env_id, 1, args.observation, prey=args.prey)
+    torch.manual_seed(FRESH)
     obs, _ = envs.reset(seed=FRESH)
     while not done:
         seen.append(obs[0])
@@ -103,8 +104,7 @@ def noise(run: Path, states: int = 20, samples: int = 4000) -> tuple[dict, dict]
         parts = [estimate(x[:, i, :size].numpy()) for i, size in enumerate(saved["action_sizes"])]
         bounds.append(-cost.sum(1).mean())
         entropies.append(sum(parts) + torch.log1p(-(action**2) + 1e-15).sum((1, 2)).mean())
-    names = ("env_id", "observation", "policy", "denoising_steps", "total_timesteps", "seed")
-    key = {name: vars(args)[name] for name in names}
+    key = {name: vars(args)[name] for name in "env_id observation policy denoising_steps total_timesteps seed".split()}
     numbers, places = dict(bound=np.mean(bounds), entropy=np.mean(entropies)), run / "torso_xy.npy"
     return key, numbers | ({"squares": len(np.unique(np.floor(np.load(places)), axis=0))} if places.exists() else {})
 

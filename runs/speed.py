@@ -43,11 +43,8 @@ class Options:
     tables: tuple[Literal["update", "acting", "growth"], ...] = ("update", "acting", "growth")  # by K; by N
     env_id: str = "mpe_simple_spread"  # OMAD's task, at its preset
     dataset: str = "omar_simple_spread-medium"  # whose preset and sizes DOM2 has; the data themselves are random
-    agents: tuple[int, ...] = (3, 24)  # in growth
-    steps: tuple[int, ...] = (1, 2, 4, 8)  # K, in acting
     turns: int = 9  # timings of each version
-    device: str = "auto"  # auto, cpu or cuda
-    torch_threads: int = 1  # CPU threads
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     output: str = ""  # CSV file
 
 
@@ -84,14 +81,15 @@ class Bench:
     """The rates of this machine, and the table as far as it has been measured."""
 
     def __init__(self, options: Options):
-        self.device, self.turns, self.rows = omad.pick_device(options.device), options.turns, []
+        self.device, self.turns, self.output = omad.pick_device(options.device), options.turns, options.output
+        self.rows = [COLUMNS]
         self.cuda = self.device.type == "cuda"
         size, length = (8192, 2**28) if self.cuda else (1024, 2**24)
         a, b, out = torch.randn(3, size, size, device=self.device)
         x, y = torch.zeros(2, length, device=self.device)
         times = self.in_turns({"product": lambda: torch.mm(a, b, out=out), "copy": lambda: y.copy_(x)})
         self.rates = 2 * size**3 / min(times["product"]), 8 * length / min(times["copy"])
-        name = torch.cuda.get_device_name() if self.cuda else f"CPU, {options.torch_threads} thread(s)"
+        name = torch.cuda.get_device_name() if self.cuda else "CPU, one thread"
         print(f"{name}, torch {torch.__version__}: {self.rates[0] / 1e12:.2f} TFLOP/s, {self.rates[1] / 1e9:.0f} GB/s")
         print(f"{'':60s}" + "".join(f"{name:>11s}" for name in COLUMNS[3:]))
 
@@ -135,8 +133,10 @@ class Bench:
                 share = None if flops is None else max(flops / self.rates[0], traffic / self.rates[1]) / seconds
                 numbers = (count_operations(run) / count, 1e3 * seconds, ratio, share, gib[version])  # as in COLUMNS
                 cells = ["" if number is None else f"{number:.4g}" for number in numbers]
-                self.rows.append([label, what, version, *cells])
+                self.rows.append((label, what, version, *cells))
                 print(f"{f'{label}: {what}, {version}':60s}" + "".join(f"{cell:>11s}" for cell in cells), flush=True)
+        if self.output:
+            np.savetxt(self.output, self.rows, "%s", ",")
 
 
 def acting(module, args, env, policy: torch.nn.Module) -> dict[str, Step]:
@@ -198,14 +198,14 @@ def measure(bench: Bench, options: Options, program: str) -> None:
             bench.compare(f"{program} {task} {kind}", builds)
     for mode in ("eager", "graph")[: 1 + bench.cuda]:
         if "acting" in options.tables:
-            own = dict([*kinds.items()][:1]) | {f"K = {k}": {length: k} for k in options.steps}
+            own = dict([*kinds.items()][:1]) | {f"K = {k}": {length: k} for k in (1, 2, 4, 8)}
             own = {f"{mode} {name}": replace(args, **changes, **modes[mode]) for name, changes in own.items()}
             policy = lambda args: module.POLICIES[args.policy](env.obs_sizes, env.action_sizes, args).to(device)
             build = lambda args: acting(module, args, env, policy(args))
             bench.compare(f"{program} {task}", {name: partial(build, new) for name, new in own.items()})
         if "growth" in options.tables:
             build = partial(steps, args=replace(args, **modes[mode]), device=device)
-            bench.compare(f"{program} growth", {f"{mode} N = {n}": partial(build, team(n)) for n in options.agents})
+            bench.compare(f"{program} growth", {f"{mode} N = {n}": partial(build, team(n)) for n in (3, 24)})
 
 
 def team(n: int) -> SimpleNamespace:
@@ -216,12 +216,10 @@ def team(n: int) -> SimpleNamespace:
 
 def main(argv: list[str] | None = None) -> None:
     options = tyro.cli(Options, args=argv)
-    torch.set_num_threads(options.torch_threads)
+    torch.set_num_threads(1)
     bench = Bench(options)
     for program in options.programs:
         measure(bench, options, program)
-    if options.output:
-        np.savetxt(options.output, [COLUMNS, *bench.rows], "%s", ",")
 
 
 if __name__ == "__main__":

@@ -118,6 +118,7 @@ def test_a_failing_run_is_named_and_the_others_go_on(tiny, capsys):
     out, err = capsys.readouterr()
     assert "failed: tiny/mpe_simple_spread/broken/1: omad.py: error: --v-min must be below --v-max" in out
     assert "failed: tiny/mpe_simple_spread/unheard/1" in out and "2 of 3 runs failed" in err
+    assert "unheard/1: Unrecognized" in out  # not the lower edge of the parser's box
     assert "finished: tiny/mpe_simple_spread/gaussian/1" in out
 
 
@@ -174,6 +175,26 @@ def test_flags_are_relative_or_times_as_many():
     assert (half.v_min, half.v_max, half.total_timesteps) == (-500.0, 500.0, 30_000)
 
 
+def test_flags_beside_relative_ones_stay():
+    variants = {"more": "--thresholds *2 --no-reweight --q-weight *0.5"}
+    part = campaign.Part("dom2", ["omar_simple_tag-medium"], variants, [1], length="40 updates")
+    args = dom2.parse(campaign.Run("x", part, "omar_simple_tag-medium", "more", 1).flags)
+    usual = dom2.preset("omar_simple_tag-medium")
+    assert (args.thresholds, args.q_weight) == (2 * usual.thresholds, 0.5 * usual.q_weight)
+    assert not args.reweight and args.total_updates == 40
+
+
+def test_a_run_of_an_older_format_does_not_stop_the_others(tiny, capsys):
+    old = campaign.declared(("tiny",))[0].place / "mpe_simple_spread__omad__1__20200101-000000-000000"
+    old.mkdir(parents=True)
+    (old / "config.json").write_text(json.dumps({"format": "omad-0", "args": {"total_timesteps": 200}}))
+    (old / "eval.csv").write_text("step,wall_time_s,return_mean\n0,0,0\n100,1,0\n")
+    assert tiny() == 1
+    out = capsys.readouterr().out
+    assert "failed: tiny/mpe_simple_spread/gaussian/1: omad.py: error:" in out
+    assert "finished: tiny/mpe_simple_spread/gaussian/2" in out
+
+
 def test_minutes_become_steps(tiny, monkeypatch):
     """By the time between the last two evaluations of a short run, in which learning goes on."""
     part = campaign.Part("omad", ["mpe_simple_spread"], {"gaussian": "--policy gaussian"}, [1], TINY, "0.05 minutes")
@@ -210,6 +231,7 @@ def test_places_can_stand_on_a_command_line():
 def test_names_are_checked(capsys):
     assert campaign.main(["sprad"]) == 2 and "there are smoke, spread" in capsys.readouterr().err
     assert campaign.main(["--one", "spread/x/y/1"]) == 1 and "no such run" in capsys.readouterr().err
+    assert campaign.main(["spread", "--jobs", "0"]) == 2 and "--jobs must be" in capsys.readouterr().err
 
 
 def smoke(folder, *flags):

@@ -127,8 +127,8 @@ def test_variants_are_compared_with_the_default_after_the_same_number_of_steps(m
 
     def read(*where):
         steps, scale = ARRAY(0, 30_000, 200_000), 1 if where[1] == report.MPE else 100
-        curve = lambda x: {"step": steps, "wall_time_s": 60 * steps / 1000, "return_mean": ARRAY(0, x + scale, x)}
-        make = lambda i, x: report.Result(f"x__omad__{i}__2026010{i}-000000", {}, curve(x), {})
+        curve = lambda x: {"step": steps, "wall_time_s": 60 * steps / 1000, "return_mean": ARRAY(0, x + scale, 0)}
+        make = lambda i, x: report.Result(f"x__omad__{i}__2026010{i}-000000", {}, curve(x), {"usual": x})
         return [make(i, x) for i, x in enumerate(known.get(where, ()), 1)]
 
     monkeypatch.setattr(report, "read", read)
@@ -143,6 +143,12 @@ def test_variants_are_compared_with_the_default_after_the_same_number_of_steps(m
     )
     assert rows["OMAD"] == ["–", "−10.00 [−11.00, −9.00] (3)"] and rows["Gaussian ablation"] == ["5,100 (1)", "–"]
     assert rows["K = 1"] == ["–", "−22.00 [−24.00, −20.00] (2)"] and rows["K = 2"] == ["–", "–"]
+
+
+def test_every_data_set_counts_alike_however_many_seeds_it_has(monkeypatch):
+    seeds = lambda dataset: ARRAY(*[3568.8] * 30) if dataset == report.DATA[-1] else ARRAY(0, 0)
+    monkeypatch.setattr(report, "fresh", lambda experiment, dataset, method: seeds(dataset))
+    assert {len(own) for own in report.normalised("dom2")} == {2} and report.normalised("dom2")[-1][0] > 99
 
 
 def test_times_are_said_once_in_plain_words():
