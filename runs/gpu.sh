@@ -37,7 +37,7 @@ fi
 train=(python omad.py --env-id $task --device "$device" --eval-episodes 1)
 keep 240 parity python -m pytest -q tests/test_gpu.py "${tests[@]}"
 table() { # NAME FLAGS...
-  keep 60 "speed_$1" python runs/speed.py "${@:2}" --output "$out/speed_$1.csv" "${speed[@]}"
+  keep 120 "speed_$1" python runs/speed.py "${@:2}" --output "$out/speed_$1.csv" "${speed[@]}"
 }
 table omad --programs omad --env-id $task
 table dom2_spread --programs dom2 --dataset omar_simple_spread-medium
