@@ -1,7 +1,7 @@
 """Runs experiments: what is missing, and the rest of what was interrupted; on this machine or on a cluster.
 
 An experiment is data: see experiments.toml; commands are in README.md. A run is named experiment/task/variant/seed. It
-trains as a user would start it, then plays fresh episodes, whose start states no run was trained or chosen by.
+trains as a user would start it, then plays fresh episodes, whose start states no training and no search uses.
 Everything lies in runs/results/<experiment>/<task or data set>/<variant>/<run>/; with fresh.csv in it a run is
 finished. A run that fails is named, the others go on, and the exit code is 1.
 """
@@ -38,6 +38,7 @@ from common.envs import BadInput, find_task
 
 RESULTS = where = ROOT / "runs" / "results"  # the second: where this process looks, see --results
 PROGRAMS = {"omad": omad, "dom2": dom2}
+SEARCHED = 2000  # seed of the fresh episodes of a search; those of results have 1000
 TRIED = "gamma q_weight cql_weight cql_own thresholds policy_hidden critic_hidden policy_lr q_lr time_power act_noise"
 
 
@@ -135,7 +136,7 @@ def call(program: str, flags: list[str]) -> str:
         try:
             code = PROGRAMS[program].main(flags)
         except SystemExit:  # of the command line's parser, below a title
-            raise RuntimeError(re.findall(r"\w.*\w", err.getvalue())[1]) from None
+            raise RuntimeError((re.findall(r"\w.*\w", err.getvalue()) or ["bad flags"])[:2][-1]) from None
     if code:
         raise RuntimeError((err.getvalue().strip() or f"exit code {code}").splitlines()[-1])
     return out.getvalue()
@@ -186,7 +187,7 @@ def keep_trial(folder: Path, fresh: str) -> None:
     key = {name: args[name] for name in ("dataset", "policy", *TRIED.split(), "total_updates", "seed")}
     numbers = dict(zip(("return_mean", "return_std", "episodes"), fresh.split(",")))
     with FileLock(where / ".lock"):
-        record(where / "search.csv", key, **numbers, seconds=seconds)
+        record(where / "search.csv", key, **numbers, seconds=seconds, fresh_seed=SEARCHED)
 
 
 def work(run: Run) -> None:
@@ -208,7 +209,7 @@ def work(run: Run) -> None:
     lines = ["setting,return_mean,return_std,episodes"]
     for setting, flags in settings.items():
         episodes = 1000 if find_task(env_id).horizon <= 100 else 50
-        flags += f" --seed {2000 if run.experiment == 'search' else 1000} --eval-episodes {episodes} --device cpu"
+        flags += f" --seed {SEARCHED if run.experiment == 'search' else 1000} --eval-episodes {episodes} --device cpu"
         said = call(program, ["--evaluate", str(folder), *flags.split()])
         lines.append(",".join([setting, *re.search(r"return (\S+) ± (\S+) over", said).groups(), str(episodes)]))
     if run.experiment == "search":
@@ -232,6 +233,7 @@ def here(todo: list[Run], jobs: int) -> Iterator[list[tuple[Run, str]]]:
     finally:
         for process in running.values():
             process.terminate()
+        for process in running.values():
             process.wait()
 
 
@@ -267,8 +269,7 @@ def cluster(todo: list[Run], address: str, cpus: float, gpus: float) -> Iterator
 
 def one(name: str) -> str:
     """Works on the run of this name; what went wrong, if it did."""
-    names = tuple({name.split("/")[0]} & EXPERIMENTS.keys())
-    found = [run for run in declared(names) if run.name == name]
+    found = [run for run in declared(tuple({name.split("/")[0]} & EXPERIMENTS.keys())) if run.name == name]
     if not found:
         return "no such run is declared"
     try:

@@ -29,15 +29,15 @@ if [ "$device" = cuda ]; then # speeds of training are those between the last tw
   steps=(--learning-starts 3000 --eval-every 3000 --total-timesteps 6000)
   few=(--learning-starts 1000 --eval-every 1000 --total-timesteps 2000)
   task=mamujoco_ant_2x4 speed=(--turns 5) tests=(-m "slow or not slow" -k "not rehearsal") training=(gpu --jobs 4)
-  keep 60 machine nvidia-smi
+  keep 20 machine nvidia-smi
 else
   steps=(--learning-starts 400 --eval-every 400 --total-timesteps 800) few=("${steps[@]}")
   task=mpe_simple speed=(--turns 1 --tables update --device cpu) tests=(-k graphed) training=(smoke --jobs 2 --seeds 1)
 fi
 train=(python omad.py --env-id $task --device "$device" --eval-episodes 1)
-keep 240 parity python -m pytest -q tests/test_gpu.py "${tests[@]}"
+keep 220 parity python -m pytest -q tests/test_gpu.py "${tests[@]}"
 table() { # NAME FLAGS...
-  keep 120 "speed_$1" python runs/speed.py "${@:2}" --output "$out/speed_$1.csv" "${speed[@]}"
+  keep 80 "speed_$1" python runs/speed.py "${@:2}" --output "$out/speed_$1.csv" "${speed[@]}"
 }
 table omad --programs omad --env-id $task
 table dom2_spread --programs dom2 --dataset omar_simple_spread-medium

@@ -118,7 +118,7 @@ def test_a_failing_run_is_named_and_the_others_go_on(tiny, capsys):
     out, err = capsys.readouterr()
     assert "failed: tiny/mpe_simple_spread/broken/1: omad.py: error: --v-min must be below --v-max" in out
     assert "failed: tiny/mpe_simple_spread/unheard/1" in out and "2 of 3 runs failed" in err
-    assert "unheard/1: Unrecognized" in out  # not the lower edge of the parser's box
+    assert "unheard/1: Unrecognized options: --of" in out  # not the lower edge of the parser's box
     assert "finished: tiny/mpe_simple_spread/gaussian/1" in out
 
 
@@ -308,6 +308,26 @@ def test_a_finished_trial_is_a_row_of_the_search(tmp_path, monkeypatch):
     assert first["return_mean"] == "181" and first["seconds"] == "77.25" and first["episodes"] == "1000"
     assert first["q_weight"] == "0.2" and first["cql_weight"] == "16.0" and first["policy_hidden"] == "32"
     assert second["thresholds"] == "0" and first["thresholds"] == "3" and second["seed"] == "102"
+
+
+def test_a_search_plays_other_fresh_episodes_and_no_shifts(tmp_path, monkeypatch):
+    part = campaign.Part("dom2", ["omar_simple_tag-medium"], {"x": ""}, [101])
+    calls, run = [], campaign.Run("search", part, "omar_simple_tag-medium", "x", 101)
+    folder = run.place / "omar_simple_tag-medium__dom2__101__20260101-000000-000000"
+    monkeypatch.setattr(campaign, "where", tmp_path)
+    monkeypatch.setattr(campaign, "make_data", lambda on: None)
+    monkeypatch.setattr(campaign.Run, "find", lambda self: folder)
+    monkeypatch.setattr(
+        dom2, "load", lambda path: {"args": vars(dom2.preset(part.on[0])) | {"env_id": "omar_simple_tag"}}
+    )
+    monkeypatch.setattr(campaign, "rows_of", lambda path: [{"wall_time_s": "1"}])
+    monkeypatch.setattr(campaign, "record", lambda path, key, **numbers: calls.append(numbers))
+    monkeypatch.setattr(campaign, "call", lambda program, flags: calls.append(flags) or "return 5.0 ± 1.0 over")
+    monkeypatch.setattr(dom2, "write", lambda path, dump: None)
+    (folder / "curve.png").parent.mkdir(parents=True)
+    campaign.work(run)
+    _, played, kept = calls
+    assert played[played.index("--seed") + 1] == "2000" and kept["fresh_seed"] == 2000
 
 
 def test_trials_differ_in_what_their_rows_say():

@@ -128,13 +128,15 @@ def test_variants_are_compared_with_the_default_after_the_same_number_of_steps(m
     def read(*where):
         steps, scale = ARRAY(0, 30_000, 200_000), 1 if where[1] == report.MPE else 100
         curve = lambda x: {"step": steps, "wall_time_s": 60 * steps / 1000, "return_mean": ARRAY(0, x + scale, 0)}
-        make = lambda i, x: report.Result(f"x__omad__{i}__2026010{i}-000000", {}, curve(x), {"usual": x})
+        short = lambda known: {key: values[: 2 + (where[2] != "K_8")] for key, values in known.items()}
+        make = lambda i, x: report.Result(f"x__omad__{i}__2026010{i}-000000", {}, short(curve(x)), {"usual": x})
         return [make(i, x) for i, x in enumerate(known.get(where, ()), 1)]
 
     monkeypatch.setattr(report, "read", read)
     assert report.TABLES["omad-ablations"]() == "Not run yet."  # the default alone compares nothing
     known["robots", report.CHEETAH, "gaussian"] = (5000.0,)  # which goes on after the 30,000 steps that are compared
     known["ablations", report.MPE, "K_1"] = (-20.0, -24.0)
+    known["ablations", report.CHEETAH, "K_8"] = (3000.0,)  # and ends there
     head, _, *lines = report.TABLES["omad-ablations"]().partition("\n\n")[0].splitlines()
     assert head == "| variant | HalfCheetah 2x3, 30,000 steps | spread, 200,000 steps |"
     rows = {cells[1]: cells[2:-1] for cells in (re.split(r" ?\| ?", line) for line in lines)}
@@ -142,6 +144,7 @@ def test_variants_are_compared_with_the_default_after_the_same_number_of_steps(m
         [*rows][:3] == ["OMAD", "Gaussian ablation", "K = 1"] and [*rows][-1] == "target networks" and len(rows) == 13
     )
     assert rows["OMAD"] == ["–", "−10.00 [−11.00, −9.00] (3)"] and rows["Gaussian ablation"] == ["5,100 (1)", "–"]
+    assert rows["K = 8"] == ["3,100 (1)", "–"]
     assert rows["K = 1"] == ["–", "−22.00 [−24.00, −20.00] (2)"] and rows["K = 2"] == ["–", "–"]
 
 
