@@ -31,7 +31,7 @@ if [ "$device" = cuda ]; then # speeds of training are those between the last tw
   task=mamujoco_ant_2x4 speed=(--turns 5) tests=(-m "slow or not slow" -k "not rehearsal") training=(gpu --jobs 4)
   keep 20 machine nvidia-smi
 else
-  steps=(--learning-starts 400 --eval-every 400 --total-timesteps 800) few=("${steps[@]}")
+  steps=(--learning-starts 800 --eval-every 800 --total-timesteps 1600) few=("${steps[@]}")
   task=mpe_simple speed=(--turns 1 --tables update --device cpu) tests=(-k graphed) training=(smoke --jobs 2 --seeds 1)
 fi
 train=(python omad.py --env-id $task --device "$device" --eval-episodes 1)
