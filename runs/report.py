@@ -280,7 +280,8 @@ SHIFTED = [(dataset, shift) for dataset in DATA for shift in find_task(dataset.p
 against = lambda on, setting="usual": [welch(offline(on, setting)[0], other) for other in offline(on, setting)[1:]]
 best_of = lambda dataset, shift: max(METHODS, key=lambda m: iqm(fresh("offline", dataset, m, shift)))
 scores_of = lambda method: [normalize(d.partition("-")[0], fresh("offline", d, method)) for d in DATA]
-normalised = lambda method: [own[: min(map(len, scores_of(method)))] for own in scores_of(method)]  # all count alike
+alike = lambda scores: [own[: min(map(len, scores))] for own in scores]  # the same number of seeds
+normalised = lambda method: alike(scores_of(method))
 
 
 def dom2_shift() -> str:

@@ -313,8 +313,8 @@ def test_a_finished_trial_is_a_row_of_the_search(tmp_path, monkeypatch):
 def test_a_search_plays_other_fresh_episodes_and_no_shifts(tmp_path, monkeypatch):
     part = campaign.Part("dom2", ["omar_simple_tag-medium"], {"x": ""}, [101])
     calls, run = [], campaign.Run("search", part, "omar_simple_tag-medium", "x", 101)
-    folder = run.place / "omar_simple_tag-medium__dom2__101__20260101-000000-000000"
     monkeypatch.setattr(campaign, "where", tmp_path)
+    folder = run.place / "omar_simple_tag-medium__dom2__101__20260101-000000-000000"
     monkeypatch.setattr(campaign, "make_data", lambda on: None)
     monkeypatch.setattr(campaign.Run, "find", lambda self: folder)
     monkeypatch.setattr(
