@@ -33,14 +33,13 @@ import torch
 import torch.nn.functional as F
 import tyro
 from filelock import FileLock, Timeout
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from common.datasets import SPLITS, Dataset, check_sizes, find_env_id, is_folder, normalize, open_dataset, stack_rows
-from common.envs import BadInput, TeamEnv, check_video, demonstrate, evaluate, find_task, make_env, make_vec, mix_seed
-from common.envs import record_video, versions
+from common.envs import BadInput, TeamEnv, check_video, demonstrate, draw_curve, evaluate, find_task, make_env
+from common.envs import make_vec, mix_seed, record_video, versions
 
 
 # 1. Arguments =========================================================================================================
@@ -63,7 +62,7 @@ class Args:
     eval_every: int = 500  # updates between evaluations; each also saves
     eval_episodes: int = 100  # episodes per evaluation, one environment each
     run_dir: str = "runs"  # folder in which the run's own directory is made
-    resume: str = ""  # go on with the run in this directory; length, device, speed, prey, place of data may change
+    resume: str = ""  # go on with the run in this directory; length, device, threads, prey, data, video may change
     evaluate: str = ""  # only evaluate the policy of the run in this directory, or a policy.pt
     shift: str = ""  # with --evaluate: speed (particle tasks), fewer (six landmarks), random or extreme (HalfCheetah)
     capture_video: bool = False  # write a video of the final (or the evaluated) policy to a folder videos beside it
@@ -77,7 +76,7 @@ class Args:
     policy: Literal["diffusion", "deterministic"] = "diffusion"  # the method; or the baseline MA-CQL, same critics
     policy_hidden: int = 32  # H, width of each agent's network; layers that see the observation have 128 or more
     solver_steps: int = 5  # K, steps from noise to action
-    time_power: float = 1.0  # p: noise times are 0.001 + 0.999 u^p, u uniform; above 1 more of them lie near the data
+    time_power: float = 1.0  # p: in training noise times are 0.001 + 0.999 u^p, u uniform; above 1: more near the data
     act_noise: float = 1.0  # standard deviation of the noise from which policies act; they learn from 1
     q_weight: float = 1.0  # eta, weight of the critic's gradient against imitation; 0: imitation only, no critics
     critic_hidden: int = 64  # width of each critic
@@ -183,14 +182,14 @@ class DiffusionPolicy(nn.Module):
     def __init__(self, obs_sizes: list[int], action_sizes: list[int], args: Args, steps: int = 0):
         super().__init__()
         n, o, a, hidden = len(obs_sizes), max(obs_sizes), max(action_sizes), args.policy_hidden
-        wide, joined = max(128, hidden), max(64, hidden // 4)  # of the observation's layers; of where time joins them
+        seen, joined = max(128, hidden), max(64, hidden // 4)  # widths of the observation's layers, where time joins
         real = torch.arange(a) < torch.tensor(action_sizes)[:, None]  # [N, A]
         self.register_buffer("action_mask", real.float()[:, None], persistent=False)  # [N, 1, A]
-        self.register_buffer("obs_mean", torch.zeros(n, o))  # of the data: policies are told (obs - mean) / std
+        self.register_buffer("obs_mean", torch.zeros(n, o))  # of the data; callers pass (obs - mean) / std: `make_act`
         self.register_buffer("obs_std", torch.ones(n, o))
         self.register_buffer("frequency", torch.randn(16) * 16)  # random Fourier features of time
-        self.obs1, self.obs2 = ParallelLinear(n, o, wide, torch.tensor(obs_sizes)), ParallelLinear(n, wide, wide)
-        self.time, self.join_obs = ParallelLinear(n, 32, 32), ParallelLinear(n, wide, joined)
+        self.obs1, self.obs2 = ParallelLinear(n, o, seen, torch.tensor(obs_sizes)), ParallelLinear(n, seen, seen)
+        self.time, self.join_obs = ParallelLinear(n, 32, 32), ParallelLinear(n, seen, joined)
         self.join_time = ParallelLinear(n, 32, joined)
         self.network = UNet(n, a, hidden)
         self.tell = ParallelLinear(n, joined, sum(self.network.widths))
@@ -258,7 +257,7 @@ class DeterministicPolicy(nn.Module):
 
 # 3. Critic ============================================================================================================
 class Critic(nn.Module):
-    """Twin critics of every agent: obs [N, B, O], action [N, M * B, A] -> [Q, N, M * B], for M actions per observation.
+    """Twin critics of every agent: obs [N, B, O], action [N, M * B, A], B rows for each m in turn -> [Q, N, M * B].
 
     Q = shift + scale * network, in units of the data's rewards [deviation E7]: else it takes thousands of updates to
     climb to values around 150, and the policies follow it meanwhile."""
@@ -323,7 +322,8 @@ class DOM2(nn.Module):
         td = ((value - target) ** 2).mean(-1).sum()
         other = self.critic(batch["obs"][:, :rows], others).unflatten(2, (-1, rows))  # [Q, N, M or M + 1, rows]
         gap = (other.logsumexp(2) - value[:, :, :rows]).mean(-1).sum()
-        loss, q_std = td + args.cql_weight * gap, other[0, :, :m].detach().std(1).mean(-1)  # [], [N]
+        loss = td + args.cql_weight * gap
+        q_std = other[0, :, :m].detach().std(1).mean(-1)  # of Q_1 over uniform actions [N]
         logs = {"losses/critic": loss, "losses/td": td, "losses/cql": gap, "diag/value": value.mean()}
         logs |= {"diag/critic_disagreement": (value[0] - value[1]).abs().mean(), "diag/q_std": q_std.mean()}
         return loss, {name: x.detach() for name, x in logs.items()}, q_std
@@ -472,7 +472,7 @@ def pick_device(name: str) -> torch.device:
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
-        torch.cuda.set_stream(torch.cuda.Stream())  # graphs cannot be captured on the default one: see `make_act`
+        torch.cuda.set_stream(torch.cuda.Stream())  # `graphed` cannot capture on the default one
     return device
 
 
@@ -517,8 +517,7 @@ def train(args: Args) -> None:
     random = torch.cuda if device.type == "cuda" else torch
     data.set_units(agent, args)
     learn = lambda rows, *drawn: agent.update(data.sample(rows), *drawn)
-    learn, slow = graphed(learn, args.cuda_graph and device.type == "cuda"), agent.slow_policy
-    act = make_act(slow, args)  # the averaged policies act
+    learn, act = graphed(learn, args.cuda_graph and device.type == "cuda"), make_act(agent.slow_policy, args)
     # Start, or go on from the checkpoint.
     torch.manual_seed(args.seed)  # again: what follows does not depend on how much building drew
     first, seconds, evaluations = (saved[key] for key in ("step", "seconds", "evaluations"))
@@ -536,17 +535,18 @@ def train(args: Args) -> None:
         # Evaluate and save: at the start, every `eval_every` updates and at the end. A resumed run begins here too.
         if step == first or step % args.eval_every == 0 or step >= args.total_updates:
             if not evaluations or evaluations[-1]["step"] < step:
-                returns, seconds = evaluate(act, eval_envs, mix_seed(args.seed, 1)), time.time() - started
-                mean, std, score = float(returns.mean()), float(returns.std()), normalize(env_id, float(returns.mean()))
-                row = dict(step=step, wall_time_s=round(seconds, 1), return_mean=mean, return_std=std)
-                evaluations.append(row | dict(episodes=len(returns), normalized_score=score))
+                returns, seconds = evaluate(act, eval_envs, mix_seed(args.seed, 1)), round(time.time() - started, 1)
+                mean, std, count = float(returns.mean()), float(returns.std()), len(returns)
+                row = dict(step=step, wall_time_s=seconds, return_mean=mean, return_std=std, episodes=count)
+                evaluations += [row | dict(normalized_score=(score := normalize(env_id, mean)))]
                 for name in ("return_mean", "return_std", "normalized_score"):
                     writer.add_scalar(f"eval/{name}", evaluations[-1][name], step)
                 scored = f", normalised {score:.1f}" if math.isfinite(score) else ""
                 bar.write(f"eval at update {step:,}: return {mean:.2f} ± {std:.2f}{scored}")
             if not all(value.isfinite().all() for value in agent.state_dict().values()):
                 raise FloatingPointError(f"update {step}: the networks have diverged")  # the last good checkpoint stays
-            write(run / "policy.pt", partial(torch.save, config | dict(policy=slow.state_dict()) | evaluations[-1]))
+            policy = config | dict(policy=agent.slow_policy.state_dict()) | evaluations[-1]
+            write(run / "policy.pt", partial(torch.save, policy))
             write(run / "checkpoint.pt", partial(torch.save, dict(
                 format=FORMAT, step=step, seconds=seconds, evaluations=evaluations, agent=agent.state_dict(),
                 adams=[adam.state_dict()["state"] for adam in agent.adams],
@@ -557,9 +557,9 @@ def train(args: Args) -> None:
             if step >= args.total_updates:
                 break
         # Learn.
-        decay = (1 + math.cos(math.pi * step / args.total_updates)) / 2 if args.lr_decay else 1.0  # [deviation E5]
-        for adam, rate in zip(agent.adams, (args.policy_lr, args.q_lr)):
-            adam.param_groups[0]["lr"].fill_(rate * decay)
+        if args.lr_decay:  # [deviation E5]
+            for adam, rate in zip(agent.adams, (args.policy_lr, args.q_lr)):
+                adam.param_groups[0]["lr"].fill_(rate * (1 + math.cos(math.pi * step / args.total_updates)) / 2)
         logs |= learn(data.draw(args.batch_size), *agent.draw())
         step += 1
         bar.update()
@@ -567,9 +567,7 @@ def train(args: Args) -> None:
             for name, value in (logs | {"charts/updates_per_second": step / (time.time() - started)}).items():
                 writer.add_scalar(name, float(value), step)
     bar.close(), writer.close()
-    axis = Figure(layout="constrained").add_subplot(xlabel="updates", ylabel="team return (bars: std)")
-    axis.errorbar(*([row[name] for row in evaluations] for name in ("step", "return_mean", "return_std")), marker=".")
-    write(run / "curve.png", axis.figure.savefig)
+    write(run / "curve.png", partial(draw_curve, evaluations, "updates"))
     if args.capture_video:
         record_video(act, env_id, run / "videos", mix_seed(args.seed, 1), **task)
     print(f"done in {seconds:.0f} s: {run}")
@@ -615,9 +613,11 @@ def parse(argv: list[str]) -> Args:
     """The command line, over the defaults of its task or over the arguments of the run or policy that it names."""
     words = [part for word in argv for part in (word.split("=", 1) if word[:2] == "--" else [word])]
     given = dict(zip((word.replace("_", "-") for word in words), words[1:]))
-    for flag, value in zip(["", *words], words):
-        if value == "" and flag in ("--resume", "--evaluate") or flag == "" and value[:1] != "-":
-            raise BadInput(f"{flag} needs a value" if flag else f"{value!r} stands without a flag: --dataset {value}?")
+    if words and words[0][:1] != "-":
+        raise BadInput(f"{words[0]!r} stands without a flag: --dataset {words[0]}?")
+    for flag in ("--resume", "--evaluate"):
+        if given.get(flag) == "":
+            raise BadInput(f"{flag} needs a value")
     if run := given.get("--resume"):
         default, free = Args(**load(Path(run, "config.json"))["args"]), WITH_RESUME
     elif path := given.get("--evaluate"):
@@ -634,9 +634,10 @@ def parse(argv: list[str]) -> Args:
         (1e-9, 1.0, "data_fraction q_rows cql_rows"),
         (1e-12, 1e15, "policy_lr q_lr grad_clip"),
     )
-    for low, high, name in ((low, high, name) for low, high, names in ranges for name in names.split()):
-        if not low <= getattr(args, name) <= high:
-            raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: must be from {low} to {high}")
+    for low, high, names in ranges:
+        for name in names.split():
+            if not low <= getattr(args, name) <= high:
+                raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: must be from {low} to {high}")
     check_video(args.capture_video)
     for holds, rule in (
         (not changed, f"--{' --'.join(changed).replace('_', '-')} cannot be changed for what is there already"),
@@ -657,11 +658,10 @@ def main(argv: list[str] | None = None) -> int:
         args = parse(sys.argv[1:] if argv is None else argv)
         torch.set_num_threads(args.torch_threads or torch.get_num_threads())
         if args.evaluate:
-            policy, saved = load_policy(args.evaluate, args.solver_steps)
-            act, film = make_act(policy.to(pick_device(args.device)), args), args.evaluate if args.capture_video else ""
-            task = dict(film=film, observation=args.observation, prey=args.prey, shift=args.shift)
-            mean = demonstrate(act, saved["env_id"], args.eval_episodes, mix_seed(args.seed, 1), **task)
-            if math.isfinite(score := normalize(saved["env_id"], mean)):
+            act = make_act(load_policy(args.evaluate, args.solver_steps)[0].to(pick_device(args.device)), args)
+            task = dict(film=args.evaluate if args.capture_video else "", observation=args.observation, prey=args.prey)
+            mean = demonstrate(act, args.env_id, args.eval_episodes, mix_seed(args.seed, 1), **task, shift=args.shift)
+            if math.isfinite(score := normalize(args.env_id, mean)):
                 print(f"normalised {score:.1f}")
         else:
             train(args)

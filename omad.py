@@ -33,13 +33,12 @@ import torch
 import torch.nn.functional as F
 import tyro
 from filelock import FileLock, Timeout
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from common.envs import BadInput, RecordPositions, TeamEnv, check_video, demonstrate, evaluate, find_task, make_env
-from common.envs import make_vec, mix_seed, record_video, task_table, versions
+from common.envs import BadInput, RecordPositions, TeamEnv, check_video, demonstrate, draw_curve, evaluate, find_task
+from common.envs import make_env, make_vec, mix_seed, record_video, task_table, versions
 
 
 # 1. Arguments =========================================================================================================
@@ -60,7 +59,7 @@ class Args:
     eval_every: int = 50_000  # environment steps between evaluations; each also saves and restarts the environments
     eval_episodes: int = 10  # episodes per evaluation, one environment each
     run_dir: str = "runs"  # folder in which the run's own directory is made
-    resume: str = ""  # go on with the run in this directory; its length, device, speed, prey and video may change
+    resume: str = ""  # go on with the run in this directory; length, device, threads, prey and video may change
     evaluate: str = ""  # only evaluate the policy of the run in this directory, or a policy.pt
     list_tasks: bool = False  # print the tasks and their sizes, and stop
     capture_video: bool = False  # write a video of the final (or the evaluated) policy to a folder videos beside it
@@ -163,7 +162,7 @@ class DiffusionPolicy(nn.Module):
         self.in_step = nn.Parameter(0.5 * torch.randn(n, args.denoising_steps, hidden))
         self.hidden1, self.hidden2 = ParallelLinear(n, hidden, hidden), ParallelLinear(n, hidden, hidden)
         self.out = ParallelLinear(n, hidden, a, scale=1e-3)  # near zero [DIME]
-        self.steps, self.dime = steps or args.denoising_steps, args.policy == "dime"  # other K, same stretch of time
+        self.steps, self.dime = steps or args.denoising_steps, args.policy == "dime"  # fewer steps are longer ones
         t = torch.arange(self.steps + 1)[:, None, None, None] / self.steps  # [K + 1, 1, 1, 1], from 0 to 1 for any K
         self.register_buffer("index", torch.arange(self.steps) * args.denoising_steps // self.steps, persistent=False)
         if self.dime:
@@ -176,8 +175,8 @@ class DiffusionPolicy(nn.Module):
             self.register_buffer("signal", torch.cos(0.485 * math.pi * (1 - t) ** args.time_power), persistent=False)
 
     def coefficients(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """keep, gain, var, back, back_var, like [K, N, 1, A]. Of DDPM [deviation D5]: u predicts x_K. If x_K ~ N(u,
-        s^2), s learned, the way back gives x_k ~ N(signal_k u, total_k), and a step is its exact inverse.
+        """keep, gain, var, back, back_var, like [K, N, 1, A]. DDPM's [deviation D5]: u predicts x_K. If x_K ~ N(u,
+        s^2), s learned, adding noise makes x_k ~ N(signal_k u, total_k); a step undoes one of those, by Bayes' rule.
 
         [DIME chain], `--policy dime`: u is a drift, with learned step sizes, and variance 2 eta_k both ways,
             eta_k = softplus(rho_dt) schedule_k / softplus(rho_friction),   mean x_k + eta_k (-x_k / 2.5^2 + u)"""
@@ -252,7 +251,7 @@ class GaussianPolicy(nn.Module):
 # 3. Critic ============================================================================================================
 class BatchRenorm(nn.Module):
     """Batch renormalisation of x [Q, B, D] over B, with statistics of each of the Q networks (arXiv 1702.03275).
-    In training by the batch's, after `warmup` calls corrected towards the running ones; in evaluation by the latter."""
+    In training by those of the batch, after `warmup` calls corrected towards running ones; in evaluation by these."""
 
     def __init__(self, critics: int, size: int, warmup: int):
         super().__init__()
@@ -373,20 +372,20 @@ class OMAD(nn.Module):
         critic, alpha = self.critic.eval(), self.log_alpha.detach().exp()
         action, path_cost = self.policy(batch["obs"], noise)
         value = F.softmax(critic(batch["state"], action), -1) @ critic.atoms  # [Q, B]
-        path_cost = path_cost.sum(1).mean()  # []
-        loss = alpha * path_cost - value.mean()
-        logs = {"losses/policy": loss.detach(), "diag/entropy_bound": -path_cost.detach()}
-        return loss, logs | {"diag/action_saturation": (action.abs() > 0.99).float().mean()}, path_cost.detach()
+        cost = path_cost.sum(1).mean()  # []
+        loss = alpha * cost - value.mean()
+        logs = {"losses/policy": loss.detach(), "diag/entropy_bound": -cost.detach()}
+        return loss, logs | {"diag/action_saturation": (action.abs() > 0.99).float().mean()}, cost.detach()
 
-    def temperature_loss(self, path_cost: Tensor) -> tuple[Tensor, dict]:
+    def temperature_loss(self, cost: Tensor) -> tuple[Tensor, dict]:
         """L = alpha (target_cost - E[sum_i C_i]): little noise, a high cost, raises alpha [OMAD alpha]."""
-        loss = self.log_alpha.exp() * (self.target_cost - path_cost)
+        loss = self.log_alpha.exp() * (self.target_cost - cost)
         return loss, {"losses/temperature": loss.detach(), "diag/alpha": self.log_alpha.detach().exp()}
 
-    def update(self, batch: dict, critic_noise: Tensor, policy_noise: Tensor | None = None) -> dict:
+    def update(self, batch: dict, next_noise: Tensor, policy_noise: Tensor | None = None) -> dict:
         """One update of the critics and, if there is noise for it, of policies and temperature, on the same batch."""
         self.zero_grad()
-        loss, logs = self.critic_loss(batch, critic_noise)
+        loss, logs = self.critic_loss(batch, next_noise)
         loss.backward()
         self.critic_adam.step()
         if self.slow_critic is not None:
@@ -394,11 +393,11 @@ class OMAD(nn.Module):
                 slow.lerp_(fast, self.args.tau) if slow.is_floating_point() else slow.copy_(fast)
         if policy_noise is None:
             return logs
-        loss, policy_logs, path_cost = self.policy_loss(batch, policy_noise)
+        loss, policy_logs, cost = self.policy_loss(batch, policy_noise)
         loss.backward(inputs=list(self.policy.parameters()))
         nn.utils.clip_grad_value_(self.policy.parameters(), 1.0)
         self.policy_adam.step()
-        loss, alpha_logs = self.temperature_loss(path_cost)
+        loss, alpha_logs = self.temperature_loss(cost)
         loss.backward()
         self.alpha_adam.step()
         return logs | policy_logs | alpha_logs
@@ -455,7 +454,7 @@ def pick_device(name: str) -> torch.device:
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
-        torch.cuda.set_stream(torch.cuda.Stream())  # graphs cannot be captured on the default one: see `make_act`
+        torch.cuda.set_stream(torch.cuda.Stream())  # `graphed` cannot capture on the default one
     return device
 
 
@@ -511,6 +510,7 @@ def train(args: Args, envs: gym.vector.VectorEnv | None = None) -> None:
     print(f"logs      {run.resolve()}    (watch: tensorboard --logdir {run.parent})", flush=True)
     writer, logs, obs, started = SummaryWriter(str(run), purge_step=step + 1), {}, None, time.time() - seconds
     bar = tqdm(total=args.total_timesteps, initial=step, unit=" steps", mininterval=2, file=sys.stdout)
+    uniform = lambda: (torch.rand(envs.action_space.shape, device=device).cpu().numpy() * 2 - 1) * env.action_mask
     while True:
         # Evaluate and save: at the start, every `eval_every` steps and at the end. A resumed run begins here too.
         if obs is None or step % args.eval_every < args.num_envs or step >= args.total_timesteps:
@@ -530,16 +530,15 @@ def train(args: Args, envs: gym.vector.VectorEnv | None = None) -> None:
                 added=replay.added, replay=replay.table[: replay.added].clone(), random=random.get_rng_state(),
                 positions=torch.tensor(envs.positions),
             )))  # fmt: skip
-            table = [",".join(evaluations[0]), *(",".join(map(str, row.values())) for row in evaluations)]
             if len(envs.positions):
                 write(run / "torso_xy.npy", lambda path: np.save(path, envs.positions))
+            table = [",".join(evaluations[0]), *(",".join(map(str, row.values())) for row in evaluations)]
             write(run / "eval.csv", lambda path: path.write_text("\n".join([*table, ""])))
             if step >= args.total_timesteps:
                 break
             obs, info = envs.reset(seed=mix_seed(args.seed, step))  # so that a resumed run is the same [deviation D4]
             state = info["state"]
         # Act.
-        uniform = lambda: (torch.rand(envs.action_space.shape, device=device).cpu().numpy() * 2 - 1) * env.action_mask
         action = act(obs) if step >= args.learning_starts else uniform()
         # Learn from what is stored by now: a GPU does it while the environments step.
         if step > args.learning_starts:  # not at 0, when nothing is stored
@@ -566,9 +565,7 @@ def train(args: Args, envs: gym.vector.VectorEnv | None = None) -> None:
             for name, value in (logs | {"charts/steps_per_second": step / (time.time() - started)}).items():
                 writer.add_scalar(name, float(value), step)
     bar.close(), writer.close()
-    axis = Figure(layout="constrained").add_subplot(xlabel="environment steps", ylabel="team return (bars: std)")
-    axis.errorbar(*([row[name] for row in evaluations] for name in ("step", "return_mean", "return_std")), marker=".")
-    write(run / "curve.png", axis.figure.savefig)
+    write(run / "curve.png", partial(draw_curve, evaluations, "environment steps"))
     if args.capture_video:
         record_video(act, args.env_id, run / "videos", mix_seed(args.seed, 1), **task)
     print(f"done in {seconds:.0f} s: {run}")
@@ -613,9 +610,11 @@ def parse(argv: list[str]) -> Args:
     """The command line, over the defaults of its task or over the arguments of the run or policy that it names."""
     words = [part for word in argv for part in (word.split("=", 1) if word[:2] == "--" else [word])]
     given = dict(zip((word.replace("_", "-") for word in words), words[1:]))
-    for flag, value in zip(["", *words], words):
-        if value == "" and flag in ("--resume", "--evaluate") or flag == "" and value[:1] != "-":
-            raise BadInput(f"{flag} needs a value" if flag else f"{value!r} stands without a flag: --env-id {value}?")
+    if words and words[0][:1] != "-":
+        raise BadInput(f"{words[0]!r} stands without a flag: --env-id {words[0]}?")
+    for flag in ("--resume", "--evaluate"):
+        if given.get(flag) == "":
+            raise BadInput(f"{flag} needs a value")
     if run := given.get("--resume"):
         default, free = Args(**load(Path(run, "config.json"))["args"]), WITH_RESUME
     elif path := given.get("--evaluate"):
@@ -632,9 +631,10 @@ def parse(argv: list[str]) -> Args:
         (1e-12, 1e15, "policy_lr q_lr alpha updates_per_step time_power x_scale"),
         (-1e9, 1e9, "v_min v_max target_entropy_scale"),
     )
-    for low, high, name in ((low, high, name) for low, high, names in ranges for name in names.split()):
-        if not low <= getattr(args, name) <= high:
-            raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: must be from {low} to {high}")
+    for low, high, names in ranges:
+        for name in names.split():
+            if not low <= getattr(args, name) <= high:
+                raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: must be from {low} to {high}")
     check_video(args.capture_video)
     updates, episodes = args.updates_per_step * args.num_envs, args.num_envs * find_task(args.env_id).horizon
     for holds, rule in (

@@ -10,14 +10,12 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import campaign
 import pytest
 
 import dom2
 import omad
 from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "runs"))
-import campaign
 
 FREE = {"seed", "run_dir", "resume", "evaluate", "device", "torch_threads", "cuda_graph", "compile", "capture_video"}
 UNUSED = {"cql_weight", "cql_own", "q_lr", "critic_hidden", "gamma"}  # by imitation, which has no critics

@@ -2,17 +2,14 @@
 
 import csv
 import itertools
-import sys
 
+import controllers
 import numpy as np
 import pytest
+import scripts
 
 from common.envs import make_vec, mix_seed
 from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "runs"))
-import controllers
-import scripts
 
 ROWS = list(csv.DictReader((ROOT / "runs" / "results" / "controllers.csv").open()))
 

@@ -25,6 +25,7 @@ import torch
 import tyro
 
 import omad
+from common import checks
 from common.datasets import (
     FOLDERS, SCORES, AgentArray, check_sizes, find_env_id, is_folder, layout, load_dataset, normalize, open_dataset,
     split_episodes,
@@ -219,6 +220,16 @@ def test_behaviour_policies_act_with_their_own_noise(policies):
     one, same, other = (torch.manual_seed(seed) and act(obs) for seed in (0, 0, 1))
     np.testing.assert_array_equal(one, same)
     assert one.shape == (6, 3, 2) and not np.array_equal(one, other)
+
+
+@pytest.mark.parametrize("path", sorted(behaviour.POLICIES.glob("*.pt")), ids=lambda path: path.stem)
+def test_the_policies_that_made_the_data_still_act_as_they_did(path):
+    env_id, _, level = path.stem.rpartition("-")
+    policy, about = behaviour.load_behaviour(env_id, level)
+    episodes, wanted = 1 if "halfcheetah" in env_id else 200, about["return"]
+    torch.manual_seed(0)
+    returns = behaviour.play(omad.make_act(policy), make_vec(env_id, episodes), 5)
+    assert abs(returns.mean() - wanted["mean"]) < 4 * wanted["std"] / episodes**0.5
 
 
 class Spy(gym.vector.VectorWrapper):
@@ -777,6 +788,16 @@ def test_damage_is_named(kind, made, tmp_path):
     message = str(caught.value)
     assert all(word in message for word in words) and str(folder) in message and len(message.splitlines()) == 1, message
     assert "get the data again" in message, "what to do"
+
+
+@pytest.mark.parametrize("row", [0, 65_535, 65_536, 69_998])
+def test_rows_out_of_order_are_found_where_blocks_of_rows_meet(row):
+    now = np.arange(70_000, dtype=np.float32)[:, None]
+    files, never = {"obs_0": now, "next_obs_0": now + 1}, np.zeros(70_000, bool)
+    checks.check_order(Path("data"), files, never, never)
+    files["next_obs_0"][row] += 0.5
+    with pytest.raises(BadInput, match=f"next_obs_0.npy, row {row:,}: not what"):
+        checks.check_order(Path("data"), files, never, never)
 
 
 @pytest.mark.parametrize("kind", CARDED)

@@ -8,17 +8,15 @@ import shutil
 import subprocess
 import sys
 
+import campaign
 import pytest
+import report
 import tyro
 from matplotlib.figure import Figure
 
 import dom2
 import omad
 from conftest import ROOT, SHORT, caller
-
-sys.path[:0] = [str(ROOT / "runs"), str(ROOT / "datasets")]
-import campaign
-import report
 
 DOCUMENTS = sorted(path for path in ROOT.rglob("*.md") if not {".venv", "venv", ".git"} & set(path.parts))
 TEXTS = {path: path.read_text() for path in DOCUMENTS}

@@ -20,7 +20,7 @@ from torch import nn
 
 import dom2
 import omad
-from common.datasets import FOLDERS, SPLITS, load_dataset, normalize
+from common.datasets import FOLDERS, SPLITS, load_dataset, normalize, stack_rows
 from common.envs import make_env
 from conftest import ROOT, caller, the_run
 
@@ -392,6 +392,11 @@ def test_the_critic_s_loss_action_by_action(own):
     td = ((agent.critic(batch["obs"], batch["action"]) - goal) ** 2).mean(-1).sum(0)  # [N]
     torch.testing.assert_close(loss, (td + 3.0 * gap).sum())
     torch.testing.assert_close(torch.stack([logs["losses/td"], logs["losses/cql"]]), torch.stack([td, gap]).sum(1))
+    first, second = agent.critic(batch["obs"], batch["action"]).detach()
+    wanted = torch.stack([(first + second).mean() / 2, (first - second).abs().mean(), spread.mean()])
+    torch.testing.assert_close(
+        torch.stack([logs[f"diag/{name}"] for name in ("value", "critic_disagreement", "q_std")]), wanted
+    )
     parameters = list(agent.critic.parameters())
     for a, b in zip(torch.autograd.grad(loss, parameters), torch.autograd.grad((td + 3.0 * gap).sum(), parameters)):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
@@ -498,6 +503,16 @@ def test_a_batch_is_rows_of_the_data_in_units_of_what_was_seen(data, spread, mon
         with torch.no_grad():
             want = policy(table.sample(torch.tensor([[3, 1999]] * 3))["obs"], policy.noise(2)).transpose(0, 1)
         np.testing.assert_allclose(dom2.make_act(policy, args())(raw), want, rtol=1e-4, atol=1e-5)
+
+
+def test_data_of_more_rows_than_are_read_at_once():
+    rows = 70_000
+    number = np.arange(rows, dtype=np.float32)[:, None, None] % 1000  # [T, N, O]
+    numbers = dict(obs=number, next_obs=number + 1, actions=number / 1000, rewards=number[..., 0])
+    known = dict(episodes=np.array([[0, rows]]), terminations=np.zeros(rows, bool), next_known=np.ones(rows, bool))
+    source = SimpleNamespace(**numbers, **known)
+    table = dom2.Data(source, ONE, args(without="E8"), CPU).table
+    torch.testing.assert_close(table, torch.from_numpy(stack_rows(source, slice(None))))
 
 
 def test_critics_start_where_the_data_are(data, spread):
@@ -865,6 +880,8 @@ def test_a_run_on_other_data_is_not_gone_on_with(cli, tmp_path, data):
 def test_an_evaluation_needs_no_data_and_a_resumed_run_is_told_where_they_are_now(cli, tmp_path, data):
     other = shutil.copytree(data, tmp_path / "own" / "simple_spread")
     assert cli("--dataset", other, "--data-fraction", 0.5, *SHORT)[0] == 0
+    half = load_dataset(other, 0.5, seed=1).returns.mean()  # drawn with the run's seed
+    assert json.loads((the_run(tmp_path) / "config.json").read_text())["data_return"] == half
     run, moved = the_run(tmp_path), other.rename(tmp_path / "own" / "moved")
     assert cli("--evaluate", run, run_dir=False)[0] == 0
     code, _, err = cli("--resume", run, "--total-updates", 12, run_dir=False)

@@ -10,7 +10,7 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 from mpe2 import simple_reference_v3, simple_speaker_listener_v4, simple_spread_v3
 
-from common.envs import TASKS, BadInput, RecordPositions, make_env, make_vec, mix_seed, record_video, versions
+from common.envs import TASKS, BadInput, RecordPositions, evaluate, make_env, make_vec, mix_seed, record_video, versions
 from conftest import ROOT
 
 UPSTREAM = {
@@ -104,6 +104,25 @@ def test_vector_env_returns_the_final_observation_and_statistics():
     after, _ = envs.reset(options={"reset_mask": np.array([False, True, False])})
     np.testing.assert_array_equal(after[0], obs[0])
     assert not np.array_equal(after[1], obs[1])
+
+
+def test_only_the_first_episode_of_each_copy_counts():
+    """The first copy earns 1 in its first step and is done, 100 in all that it makes until the other is."""
+
+    class Unequal(gym.vector.VectorEnv):
+        num_envs, count = 2, 0
+
+        def reset(self, *, seed=None, options=None):
+            self.count = 0 if seed is not None else self.count
+            return np.zeros((2, 1, 1)), {}
+
+        def step(self, actions):
+            self.count += 1
+            done = np.array([True, self.count == 3])
+            earned = np.array([1.0 if self.count == 1 else 100.0, 7.0])
+            return np.zeros((2, 1, 1)), None, done, np.zeros(2, bool), {"episode": {"r": earned}}
+
+    assert evaluate(lambda obs: obs, Unequal(), 0).tolist() == [1.0, 7.0]
 
 
 def test_gymnasiums_asynchronous_vector_env_gives_the_same():

@@ -356,17 +356,24 @@ def test_a_checkpoint_of_a_gpu_goes_on_on_the_cpu(call, program, tmp_path, monke
 def test_learning_comes_after_acting_and_before_the_environments_step(call, program, monkeypatch):
     """So a GPU learns while they do; an update knows all transitions but the newest."""
     order, (sample, step, make_act) = [], (omad.Replay.sample, omad.RecordPositions.step, omad.make_act)
+    latest = []  # row of each batch, beside how many there are
 
     def spy_act(*args):
         act = make_act(*args)
         return lambda obs: order.append("act") or act(obs)
 
     monkeypatch.setattr(omad, "make_act", spy_act)
-    monkeypatch.setattr(omad.Replay, "sample", lambda self, rows: order.append(self.added) or sample(self, rows))
+
+    def spy_sample(self, rows):
+        order.append(self.added), latest.append((rows.max().item(), self.added))
+        return sample(self, rows)
+
+    monkeypatch.setattr(omad.Replay, "sample", spy_sample)
     monkeypatch.setattr(omad.RecordPositions, "step", lambda self, x: order.append("step") or step(self, x))
     _, (code, _, err) = call()
     assert code == 0 and [x for x in order if isinstance(x, int)] == list(range(84, 200, 4)), err
     assert {tuple(order[i - 1 : i + 2 : 2]) for i, x in enumerate(order) if isinstance(x, int)} == {("act", "step")}
+    assert all(row < added for row, added in latest) and max(row / added for row, added in latest) > 0.95
 
 
 def test_the_device_is_a_gpu_if_there_is_one(monkeypatch):

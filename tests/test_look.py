@@ -3,9 +3,9 @@
 import csv
 import json
 import shutil
-import sys
 from functools import partial
 
+import look
 import numpy as np
 import pytest
 import torch
@@ -14,10 +14,7 @@ import dom2
 import omad
 from common.datasets import load_dataset
 from common.envs import evaluate, make_vec
-from conftest import ROOT, SHORT_OFFLINE, one_line, the_run
-
-sys.path.insert(0, str(ROOT / "runs"))
-import look
+from conftest import SHORT_OFFLINE, one_line, the_run
 
 
 @pytest.fixture(scope="module", params=["diffusion", "deterministic"])

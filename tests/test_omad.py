@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.distributions import Normal
 
+import omad
 from common.envs import make_env
 from conftest import load
 from omad import OMAD, POLICIES, Args, BatchRenorm, Replay, main, make_act, project
@@ -499,7 +500,7 @@ def test_critic_loss_equals_the_equation(tau, lower_critic):
         else:
             both = critic(torch.cat([batch["state"], batch["next_state"]]), torch.cat([batch["action"], next_action]))
             logits, after = both[:, :16], both[:, 16:]
-        atoms, want = np.linspace(-5, 5, 21), 0.0
+        atoms, want, at_ends = np.linspace(-5, 5, 21), 0.0, 0.0
         cost = path_cost.sum(1).numpy()
         for k in range(2):
             probs = torch.softmax(logits[k], -1).double().numpy()
@@ -510,7 +511,12 @@ def test_critic_loss_equals_the_equation(tau, lower_critic):
                 masses = [min(masses, key=lambda mass: mass @ atoms)] if lower_critic else masses
                 goal = sum(brute_force_projection([mass], [places], atoms)[0] for mass in masses) / len(masses)
                 want += (-(goal * np.log(probs[b])).sum() + 0.005 * (probs[b] * np.log(probs[b])).sum()) / 16
+                at_ends += (goal[0] + goal[-1]) / 32  # of both critics the same target
+        value = torch.softmax(logits, -1) @ critic.atoms
     assert loss.item() == pytest.approx(want, rel=1e-4) == logs["losses/critic"].item()
+    assert 0 < logs["diag/target_mass_at_ends"].item() == pytest.approx(at_ends, rel=1e-4)
+    assert logs["diag/value"].item() == pytest.approx(value.mean().item(), rel=1e-4)
+    assert logs["diag/critic_disagreement"].item() == pytest.approx((value[0] - value[1]).abs().mean().item(), rel=1e-4)
     assert not any(value.requires_grad for value in logs.values())  # or every update's graph would stay in memory
 
 
@@ -528,19 +534,23 @@ def test_termination_does_not_bootstrap_and_truncation_does():
     assert abs(loss(0.0, 0.0) - loss(0.0, 1.0)) > 1e-3
 
 
-def test_no_gradient_reaches_the_target():
+def test_no_gradient_reaches_the_target(monkeypatch):
     env, agent = env_and_agent()
+    targets = []
+    monkeypatch.setattr(omad, "project", lambda *given: targets.append(project(*given)) or targets[-1])
     agent.critic_loss(random_batch(env), agent.policy.noise(16))[0].backward()
+    assert len(targets) == 1 and not targets[0].requires_grad
     assert all(p.grad is None for p in agent.policy.parameters()) and agent.log_alpha.grad is None
     assert all(p.grad.abs().sum() > 0 for p in agent.critic.parameters())
 
 
 def test_batch_renorm():
-    x = 2 + 3 * normal(2, 512, 4)
+    """Features that both limits of r and of d cut, and one that they leave."""
+    x = torch.tensor([9.0, 2.0, -9.0, 2.0]) + torch.tensor([12.0, 3.0, 1.0, 0.1]) * normal(2, 512, 4)
     norm = BatchRenorm(2, 4, warmup=2)
     norm.scale.data.uniform_(0.5, 2), norm.shift.data.uniform_(-1, 1)
     flat = lambda p: p.reshape(8)
-    mean, var = torch.zeros(8), torch.ones(8)
+    mean, var, limits = torch.zeros(8), torch.ones(8), set()
     for call in range(4):
         batch = x + call
         columns = batch.transpose(0, 1).reshape(512, 8)  # every network's every feature is a channel of its own
@@ -551,9 +561,11 @@ def test_batch_renorm():
         else:
             running = (var + 1e-3).sqrt()
             r, d = (s / running).clamp(1 / 3, 3), ((m - mean) / running).clamp(-5, 5)
+            limits |= {round(x, 3) for x in [*r.tolist(), *d.tolist()] if x in (3, 5, -5) or abs(x - 1 / 3) < 1e-6}
             want = ((columns - m) / s * r + d) * flat(norm.scale) + flat(norm.shift)
         np.testing.assert_allclose(norm(batch).detach().transpose(0, 1).reshape(512, 8), want.detach(), atol=1e-4)
         mean, var = 0.99 * mean + 0.01 * m, 0.99 * var + 0.01 * columns.var(0, correction=0)
+    assert limits == {3, 0.333, 5, -5}
     np.testing.assert_allclose(flat(norm.mean), mean, rtol=1e-4)
     columns = x.transpose(0, 1).reshape(512, 8)
     want = F.batch_norm(columns, mean, var, flat(norm.scale), flat(norm.shift), training=False, eps=1e-3)
@@ -620,6 +632,7 @@ def test_policy_loss_equals_the_equation(kind):
     assert loss.item() == pytest.approx(want, rel=1e-4) == logs["losses/policy"].item()
     assert logs["diag/entropy_bound"].item() == pytest.approx(-path_cost.sum(1).mean().item(), rel=1e-5)
     assert mean_cost.item() == pytest.approx(path_cost.sum(1).mean().item(), rel=1e-5)
+    assert logs["diag/action_saturation"].item() == pytest.approx(np.mean(np.abs(action.numpy()) > 0.99))
     assert not mean_cost.requires_grad and not any(value.requires_grad for value in logs.values())
 
 
@@ -684,6 +697,31 @@ def test_an_update_changes_what_it_should(policy):
     assert {"losses/critic", "losses/policy", "losses/temperature"} <= set(logs)
 
 
+def test_updates_are_steps_of_the_critics_and_then_of_policies_and_temperature():
+    """Six, the policies' in every third: each from a gradient of its own, and policies see the critics' new state."""
+    (env, agent), (_, other) = (env_and_agent(alpha=0.3) for _ in range(2))
+    whole, start = random_batch(env, 96), agent.policy.out.weight.clone()
+
+    def step(adam, loss, limit=math.inf):
+        parameters = adam.param_groups[0]["params"]
+        for p, grad in zip(parameters, torch.autograd.grad(loss, parameters)):
+            p.grad = grad.clamp(-limit, limit)
+        adam.step()
+
+    for number in range(6):
+        batch = {name: x[16 * number : 16 * number + 16] for name, x in whole.items()}
+        noises = [agent.policy.noise(16) for _ in range(1 + (number % 3 == 2))]
+        agent.update(batch, *noises)
+        step(other.critic_adam, other.critic_loss(batch, noises[0])[0])
+        for noise in noises[1:]:
+            loss, _, cost = other.policy_loss(batch, noise)
+            step(other.policy_adam, loss, 1.0)
+            step(other.alpha_adam, other.temperature_loss(cost)[0])
+    for (name, value), want in zip(agent.state_dict().items(), other.state_dict().values()):
+        torch.testing.assert_close(value, want, rtol=1e-5, atol=1e-6, msg=name)
+    assert not torch.equal(agent.policy.out.weight, start) and agent.log_alpha != math.log(0.3)
+
+
 @pytest.mark.parametrize("kind, x_scale", [*((kind, 1.0) for kind in POLICIES), ("diffusion", 8.0)])
 def test_policies_start_as_those_of_dime(kind, x_scale):
     """One first layer over x, o and H embedded steps, whose inputs are all as large; u is nearly 0 at the start."""
@@ -738,6 +776,21 @@ def test_what_is_kept_of_an_episode(tmp_path, monkeypatch):
     moved = data["next_obs"] - data["obs"]  # the position after is that before + 0.1 velocity
     np.testing.assert_allclose(moved[..., 2:4], 0.1 * data["obs"][..., :2], atol=1e-5)
     assert np.abs(data["action"]).max() <= 1 and data["action"].std() == pytest.approx(3**-0.5, abs=0.02)  # uniform
+
+
+def test_copies_go_on_where_they_are_when_others_start_again(tmp_path, monkeypatch):
+    """Blind doors end at different times in each copy; the joint state says which one of four is open."""
+    kept, add = [], Replay.add
+    copied = lambda new: {name: np.copy(value) for name, value in new.items()}
+    monkeypatch.setattr(Replay, "add", lambda self, **new: kept.append(copied(new)) or add(self, **new))
+    short = "--env-id doors_blind --total-timesteps 800 --num-envs 4 --eval-every 400 --learning-starts 799"
+    short += " --eval-episodes 1 --updates-per-step 0.25 --device cpu --run-dir"
+    assert main([*short.split(), str(tmp_path)]) == 0
+    state, after, ended = (np.stack([new[name] for new in kept]) for name in ("state", "next_state", "terminated"))
+    assert set(ended.sum(1)) >= {0, 1, 2} and (state.sum(2) == 1).all()  # [steps, E], [steps, E, S]
+    ended[99] = True  # an evaluation, after which all start again
+    same = (state[1:] == after[:-1]).all(2)
+    assert same[~ended[:-1]].all() and not same[ended[:-1]].all()
 
 
 def test_padding_in_the_replay_is_zero(tmp_path, monkeypatch):

@@ -1,9 +1,11 @@
 """OMAR's tasks: single steps worked out by hand, many copies against one, the prey, and the port against published figures."""
 
+import json
 import os
 import re
 from pathlib import Path
 
+import collect
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ import torch
 from gymnasium_robotics import mamujoco_v1
 from torch import nn
 
-from common.envs import BadInput, find_task, make_env, make_vec
+from common.envs import BadInput, find_task, make_env, make_vec, sha256
 from common.omar import PREY_SIZES, FilePrey, ParticleVec, ScriptedPrey
 from conftest import SHORT, rows
 
@@ -448,6 +450,17 @@ def test_a_run_with_a_prey_file(tmp_path, cli):
     assert earned("--prey", moved) == f"{float(last):.2f}"
     assert cli("--resume", run, "--prey", moved, "--total-timesteps", 500, run_dir=False)[0] == 0
     assert earned() == f"{float(rows(run)[-1]['return_mean']):.2f}"  # it knows the new place
+
+
+def test_data_against_the_prey_of_a_file(tmp_path):
+    """The prey in the rows acts as the network in the file, and the card names the file."""
+    file = tmp_path / "prey.pt"
+    network = checkpoint(file, 14)
+    folder = collect.collect(collect.Options("omar_simple_tag-random", 500, prey=str(file), out=tmp_path / "data"))
+    seen, acted = (torch.from_numpy(np.load(folder / f"{kind}_3.npy")) for kind in ("obs", "acs"))
+    with torch.no_grad():
+        np.testing.assert_allclose(acted, network(seen), atol=2e-5)
+    assert json.loads((folder / "card.json").read_text())["prey"] == sha256(file)
 
 
 @pytest.mark.parametrize("env_id", PARTICLES)

@@ -1,15 +1,12 @@
 """datasets/port.py: random teams here and in OMAR's environment."""
 
 import csv
-import sys
 
 import numpy as np
+import port
 import pytest
 
-from conftest import ROOT, one_line
-
-sys.path[:0] = [str(ROOT / "runs"), str(ROOT / "datasets")]
-import port
+from conftest import one_line
 
 
 def test_the_port_is_compared_with_what_was_measured_there(tmp_path, monkeypatch):

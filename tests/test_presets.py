@@ -1,8 +1,8 @@
 """The defaults of tasks and data sets."""
 
 import csv
-import sys
 
+import campaign
 import numpy as np
 import pytest
 
@@ -10,9 +10,6 @@ import dom2
 import omad
 from common.envs import find_task, list_tasks
 from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "runs"))
-import campaign
 
 
 @pytest.mark.parametrize("name", ["lower_critic", "lr_decay"])

@@ -1,15 +1,12 @@
 """The statistics, verdicts and pictures of runs/report.py, on results whose outcome is known."""
 
 import re
-import sys
 
 import numpy as np
 import pytest
+import report
 
 from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "runs"))
-import report
 
 ARRAY = lambda *values: np.array(values, float)
 

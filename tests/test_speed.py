@@ -1,19 +1,15 @@
 """What an update dispatches: counts are exact on any machine, and the time of small networks on a GPU is about their number."""
 
 import dataclasses
-import sys
 
+import campaign
 import pytest
+import speed
 import torch
 
-from common.envs import make_env
-from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "runs"))
-import campaign
 import dom2
 import omad
-import speed
+from common.envs import make_env
 
 # What is counted -> at most so many operations: those of today, and room for a torch that splits one differently.
 MOST = {

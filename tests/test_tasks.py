@@ -215,6 +215,14 @@ def test_blind_doors_need_no_processes(monkeypatch):
     assert isinstance(make_vec("doors_blind", 2), gym.vector.SyncVectorEnv)
 
 
+@pytest.mark.parametrize("cores, copies, processes", [(4, 2, True), (4, 64, True), (4, 1, False), (4, 65, False), (3, 2, False)])  # fmt: skip
+def test_robots_get_processes_if_there_are_cores_for_them(monkeypatch, cores, copies, processes):
+    monkeypatch.setattr(common.envs, "cores", lambda: cores)
+    for kind in ("AsyncVectorEnv", "SyncVectorEnv"):
+        monkeypatch.setattr(gym.vector, kind, lambda envs, kind=kind, **_: (kind, len(envs)))
+    assert make_vec("mamujoco_hopper_3x1", copies) == ("AsyncVectorEnv" if processes else "SyncVectorEnv", copies)
+
+
 def test_many_segments_leave_nothing_behind_and_open_side_by_side():
     """Upstream writes their description into the installed package; ours goes to a temporary folder, so that processes do not meet."""
     folder = Path(mamujoco_v1.__file__).parent / "assets"
