@@ -62,7 +62,7 @@ class Args:
     eval_every: int = 500  # updates between evaluations; each also saves
     eval_episodes: int = 100  # episodes per evaluation, one environment each
     run_dir: str = "runs"  # folder in which the run's own directory is made
-    resume: str = ""  # go on with the run in this directory; length, device, threads, prey, data, video may change
+    resume: str = ""  # go on with the run in this directory; length, device, speed flags, prey, data, video may change
     evaluate: str = ""  # only evaluate the policy of the run in this directory, or a policy.pt
     shift: str = ""  # with --evaluate: speed (particle tasks), fewer (six landmarks), random or extreme (HalfCheetah)
     capture_video: bool = False  # write a video of the final (or the evaluated) policy to a folder videos beside it
@@ -182,14 +182,14 @@ class DiffusionPolicy(nn.Module):
     def __init__(self, obs_sizes: list[int], action_sizes: list[int], args: Args, steps: int = 0):
         super().__init__()
         n, o, a, hidden = len(obs_sizes), max(obs_sizes), max(action_sizes), args.policy_hidden
-        seen, joined = max(128, hidden), max(64, hidden // 4)  # widths of the observation's layers, where time joins
+        wide, joined = max(128, hidden), max(64, hidden // 4)  # widths of the observation's layers, where time joins
         real = torch.arange(a) < torch.tensor(action_sizes)[:, None]  # [N, A]
         self.register_buffer("action_mask", real.float()[:, None], persistent=False)  # [N, 1, A]
         self.register_buffer("obs_mean", torch.zeros(n, o))  # of the data; callers pass (obs - mean) / std: `make_act`
         self.register_buffer("obs_std", torch.ones(n, o))
         self.register_buffer("frequency", torch.randn(16) * 16)  # random Fourier features of time
-        self.obs1, self.obs2 = ParallelLinear(n, o, seen, torch.tensor(obs_sizes)), ParallelLinear(n, seen, seen)
-        self.time, self.join_obs = ParallelLinear(n, 32, 32), ParallelLinear(n, seen, joined)
+        self.obs1, self.obs2 = ParallelLinear(n, o, wide, torch.tensor(obs_sizes)), ParallelLinear(n, wide, wide)
+        self.time, self.join_obs = ParallelLinear(n, 32, 32), ParallelLinear(n, wide, joined)
         self.join_time = ParallelLinear(n, 32, joined)
         self.network = UNet(n, a, hidden)
         self.tell = ParallelLinear(n, joined, sum(self.network.widths))
@@ -257,7 +257,7 @@ class DeterministicPolicy(nn.Module):
 
 # 3. Critic ============================================================================================================
 class Critic(nn.Module):
-    """Twin critics of every agent: obs [N, B, O], action [N, M * B, A], B rows for each m in turn -> [Q, N, M * B].
+    """Twin critics of every agent: obs [N, B, O], action [N, M * B, A], all B for each of M in turn -> [Q, N, M * B].
 
     Q = shift + scale * network, in units of the data's rewards [deviation E7]: else it takes thousands of updates to
     climb to values around 150, and the policies follow it meanwhile."""
@@ -616,7 +616,7 @@ def parse(argv: list[str]) -> Args:
     if words and words[0][:1] != "-":
         raise BadInput(f"{words[0]!r} stands without a flag: --dataset {words[0]}?")
     for flag in ("--resume", "--evaluate"):
-        if given.get(flag) == "":
+        if (flag, "") in zip(words, words[1:]):
             raise BadInput(f"{flag} needs a value")
     if run := given.get("--resume"):
         default, free = Args(**load(Path(run, "config.json"))["args"]), WITH_RESUME

@@ -59,7 +59,7 @@ class Args:
     eval_every: int = 50_000  # environment steps between evaluations; each also saves and restarts the environments
     eval_episodes: int = 10  # episodes per evaluation, one environment each
     run_dir: str = "runs"  # folder in which the run's own directory is made
-    resume: str = ""  # go on with the run in this directory; length, device, threads, prey and video may change
+    resume: str = ""  # go on with the run in this directory; length, device, speed flags, prey and video may change
     evaluate: str = ""  # only evaluate the policy of the run in this directory, or a policy.pt
     list_tasks: bool = False  # print the tasks and their sizes, and stop
     capture_video: bool = False  # write a video of the final (or the evaluated) policy to a folder videos beside it
@@ -162,7 +162,7 @@ class DiffusionPolicy(nn.Module):
         self.in_step = nn.Parameter(0.5 * torch.randn(n, args.denoising_steps, hidden))
         self.hidden1, self.hidden2 = ParallelLinear(n, hidden, hidden), ParallelLinear(n, hidden, hidden)
         self.out = ParallelLinear(n, hidden, a, scale=1e-3)  # near zero [DIME]
-        self.steps, self.dime = steps or args.denoising_steps, args.policy == "dime"  # fewer steps are longer ones
+        self.steps, self.dime = steps or args.denoising_steps, args.policy == "dime"  # another K divides the same time
         t = torch.arange(self.steps + 1)[:, None, None, None] / self.steps  # [K + 1, 1, 1, 1], from 0 to 1 for any K
         self.register_buffer("index", torch.arange(self.steps) * args.denoising_steps // self.steps, persistent=False)
         if self.dime:
@@ -176,7 +176,7 @@ class DiffusionPolicy(nn.Module):
 
     def coefficients(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """keep, gain, var, back, back_var, like [K, N, 1, A]. DDPM's [deviation D5]: u predicts x_K. If x_K ~ N(u,
-        s^2), s learned, adding noise makes x_k ~ N(signal_k u, total_k); a step undoes one of those, by Bayes' rule.
+        s^2), s learned, K additions of noise lead to x_k ~ N(signal_k u, total_k); a step undoes one, by Bayes' rule.
 
         [DIME chain], `--policy dime`: u is a drift, with learned step sizes, and variance 2 eta_k both ways,
             eta_k = softplus(rho_dt) schedule_k / softplus(rho_friction),   mean x_k + eta_k (-x_k / 2.5^2 + u)"""
@@ -613,7 +613,7 @@ def parse(argv: list[str]) -> Args:
     if words and words[0][:1] != "-":
         raise BadInput(f"{words[0]!r} stands without a flag: --env-id {words[0]}?")
     for flag in ("--resume", "--evaluate"):
-        if given.get(flag) == "":
+        if (flag, "") in zip(words, words[1:]):
             raise BadInput(f"{flag} needs a value")
     if run := given.get("--resume"):
         default, free = Args(**load(Path(run, "config.json"))["args"]), WITH_RESUME

@@ -226,7 +226,7 @@ def test_behaviour_policies_act_with_their_own_noise(policies):
 def test_the_policies_that_made_the_data_still_act_as_they_did(path):
     env_id, _, level = path.stem.rpartition("-")
     policy, about = behaviour.load_behaviour(env_id, level)
-    episodes, wanted = 1 if "halfcheetah" in env_id else 200, about["return"]
+    episodes, wanted = 8 if "halfcheetah" in env_id else 200, about["return"]
     torch.manual_seed(0)
     returns = behaviour.play(omad.make_act(policy), make_vec(env_id, episodes), 5)
     assert abs(returns.mean() - wanted["mean"]) < 4 * wanted["std"] / episodes**0.5

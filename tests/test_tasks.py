@@ -215,7 +215,9 @@ def test_blind_doors_need_no_processes(monkeypatch):
     assert isinstance(make_vec("doors_blind", 2), gym.vector.SyncVectorEnv)
 
 
-@pytest.mark.parametrize("cores, copies, processes", [(4, 2, True), (4, 64, True), (4, 1, False), (4, 65, False), (3, 2, False)])  # fmt: skip
+@pytest.mark.parametrize(
+    "cores, copies, processes", [(4, 2, True), (4, 64, True), (4, 1, False), (4, 65, False), (3, 2, False)]
+)
 def test_robots_get_processes_if_there_are_cores_for_them(monkeypatch, cores, copies, processes):
     monkeypatch.setattr(common.envs, "cores", lambda: cores)
     for kind in ("AsyncVectorEnv", "SyncVectorEnv"):
