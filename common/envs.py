@@ -47,7 +47,6 @@ farama_notifications.notifications.pop("gymnasium_robotics", None)  # printed at
 from gymnasium_robotics import mamujoco_v1
 from gymnasium_robotics.envs.multiagent_mujoco import many_segment_ant, many_segment_swimmer
 from gymnasium_robotics.envs.multiagent_mujoco.obsk import get_parts_and_edges
-from matplotlib.figure import Figure
 from mpe2 import (
     collect_treasure_v1, simple_adversary_v3, simple_formation_v1, simple_line_v1, simple_reference_v3,
     simple_speaker_listener_v4, simple_spread_v3, simple_v3,
@@ -537,6 +536,8 @@ class RecordPositions(gym.vector.VectorWrapper):
 
 def draw_curve(evaluations: list[dict], xlabel: str, path: Path) -> None:
     """The return at each evaluation against `step`, with bars of one standard deviation, as a picture."""
+    from matplotlib.figure import Figure  # here, as it takes half a second, which no other use of this module needs
+
     steps, means, stds = ([row[name] for row in evaluations] for name in ("step", "return_mean", "return_std"))
     axis = Figure(layout="constrained").add_subplot(xlabel=xlabel, ylabel="team return (bars: std)")
     axis.errorbar(steps, means, stds, marker=".")

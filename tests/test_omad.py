@@ -561,7 +561,7 @@ def test_batch_renorm():
         else:
             running = (var + 1e-3).sqrt()
             r, d = (s / running).clamp(1 / 3, 3), ((m - mean) / running).clamp(-5, 5)
-            limits |= {round(x, 3) for x in [*r.tolist(), *d.tolist()] if x in (3, 5, -5) or abs(x - 1 / 3) < 1e-6}
+            limits |= {round(value, 3) for value in [*r.tolist(), *d.tolist()]} & {3, 0.333, 5, -5}
             want = ((columns - m) / s * r + d) * flat(norm.scale) + flat(norm.shift)
         np.testing.assert_allclose(norm(batch).detach().transpose(0, 1).reshape(512, 8), want.detach(), atol=1e-4)
         mean, var = 0.99 * mean + 0.01 * m, 0.99 * var + 0.01 * columns.var(0, correction=0)
@@ -756,15 +756,21 @@ def test_replay_is_a_ring():
         assert batch[name].shape == (10, *shape) and (batch[name].reshape(10, -1) == want[name][:, None]).all(), name
 
 
-def test_what_is_kept_of_an_episode(tmp_path, monkeypatch):
-    """True final observations, no terminations, and nothing across the border of two episodes."""
-    kept, add = [], Replay.add
+@pytest.fixture
+def kept(monkeypatch):
+    """What goes into a replay, step by step: arrays [E, ...] by name."""
+    steps, add = [], Replay.add
 
     def spy(self, **new):
-        kept.append({name: np.copy(value) for name, value in new.items()})
+        steps.append({name: np.copy(value) for name, value in new.items()})
         add(self, **new)
 
     monkeypatch.setattr(Replay, "add", spy)
+    return steps
+
+
+def test_what_is_kept_of_an_episode(tmp_path, kept):
+    """True final observations, no terminations, and nothing across the border of two episodes."""
     short = "--total-timesteps 400 --num-envs 4 --eval-every 200 --eval-episodes 1 --learning-starts 399 --device cpu"
     assert main([*short.split(), "--updates-per-step", "0.25", "--run-dir", str(tmp_path)]) == 0
     data = {name: np.stack([new[name] for new in kept]) for name in kept[0]}  # [steps, E, ...]
@@ -778,11 +784,8 @@ def test_what_is_kept_of_an_episode(tmp_path, monkeypatch):
     assert np.abs(data["action"]).max() <= 1 and data["action"].std() == pytest.approx(3**-0.5, abs=0.02)  # uniform
 
 
-def test_copies_go_on_where_they_are_when_others_start_again(tmp_path, monkeypatch):
+def test_copies_go_on_where_they_are_when_others_start_again(tmp_path, kept):
     """Blind doors end at different times in each copy; the joint state says which one of four is open."""
-    kept, add = [], Replay.add
-    copied = lambda new: {name: np.copy(value) for name, value in new.items()}
-    monkeypatch.setattr(Replay, "add", lambda self, **new: kept.append(copied(new)) or add(self, **new))
     short = "--env-id doors_blind --total-timesteps 800 --num-envs 4 --eval-every 400 --learning-starts 799"
     short += " --eval-episodes 1 --updates-per-step 0.25 --device cpu --run-dir"
     assert main([*short.split(), str(tmp_path)]) == 0
@@ -793,14 +796,13 @@ def test_copies_go_on_where_they_are_when_others_start_again(tmp_path, monkeypat
     assert same[~ended[:-1]].all() and not same[ended[:-1]].all()
 
 
-def test_padding_in_the_replay_is_zero(tmp_path, monkeypatch):
+def test_padding_in_the_replay_is_zero(tmp_path, kept):
     """Also that of the uniform actions at the start: the critics read padded actions as they are."""
-    kept, add = [], Replay.add
-    monkeypatch.setattr(Replay, "add", lambda self, **new: kept.append(new["action"].copy()) or add(self, **new))
     short = "--total-timesteps 200 --num-envs 2 --eval-every 100 --eval-episodes 1 --learning-starts 100 --device cpu"
     sizes = "--env-id mpe_simple_speaker_listener --updates-per-step 0.5 --policy-hidden 8 --critic-hidden 8"
     assert main([*short.split(), *sizes.split(), "--run-dir", str(tmp_path)]) == 0
-    for action in (np.stack(kept[:50]), np.stack(kept[50:])):  # [steps, E, N, A]: drawn uniformly, then by the policies
+    actions = np.stack([new["action"] for new in kept])  # [steps, E, N, A]
+    for action in (actions[:50], actions[50:]):  # drawn uniformly, then by the policies
         assert action.shape == (50, 2, 2, 3) and action[:, :, 0].all() and action[:, :, 1, :2].all()
         assert not action[:, :, 1, 2].any()
 
