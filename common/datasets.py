@@ -59,7 +59,6 @@ class AgentArray:
         self.widths = [part.shape[1] for part in parts if part.ndim > 1]  # of each agent
         length = len(parts[0]) if rows is None else len(rows)
         self.shape = (length, len(parts), max(self.widths)) if self.widths else (length, len(parts))
-        self.ndim, self.dtype = len(self.shape), np.dtype(np.float32)
 
     def __len__(self) -> int:
         return self.shape[0]

@@ -18,7 +18,7 @@ sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 from common.datasets import DATA
 from common.envs import make_vec
 from scripts import BEST, choose, landmarks, noisy, script
-from writer import has_arrays, save_arrays
+from writer import save_arrays
 
 TASK, FOLDER = "omar_simple_spread_6", DATA / "simple_spread_6" / "assignments" / "seed_0_data"
 EPISODES = 20_000
@@ -27,21 +27,20 @@ NOISE, KICKS = 0.1, 0.1  # standard deviation that is added to actions; share of
 
 def make_data() -> None:
     """Makes the data of the assignments: one file per agent and quantity, in OMAR's layout, unless they are there."""
+    if FOLDER.is_dir():
+        return print(f"data      {FOLDER}: there already; delete it to have it made anew")
     rng, envs = np.random.default_rng(0), make_vec(TASK, EPISODES)
     obs, _ = envs.reset(seed=1)
     goal = choose(obs, *landmarks(envs), rng, BEST)
     act = noisy(lambda obs: script(obs, goal), rng, NOISE, KICKS)
     rows = {name: [] for name in ("obs", "acs", "rews", "next_obs", "dones")}
-    for step in range(25):
+    for _ in range(25):
         action = act(obs)
         next_obs, _, terminated, _, info = envs.step(action)
         values = (obs, action, info["agent_rewards"], next_obs, np.repeat(terminated[:, None], 3, 1))
         for name, value in zip(rows, values):
             rows[name].append(value)
         obs = next_obs
-        # The first step of every episode is looked at: after a change that shows only later, delete them.
-        if not step and has_arrays(FOLDER, {name: steps[0] for name, steps in rows.items()}, every=25):
-            return print(f"data      {FOLDER}: there already")
     whole = {name: np.stack(steps, 1, dtype=np.float32) for name, steps in rows.items()}  # [episodes, 25, 3, ...]
     save_arrays(FOLDER, {name: values.reshape(EPISODES * 25, *values.shape[2:]) for name, values in whole.items()})
     print(f"data      {FOLDER}: return {info['episode']['r'].mean():.1f} ± {info['episode']['r'].std():.1f}")

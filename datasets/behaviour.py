@@ -15,27 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import gymnasium as gym
-import numpy as np
 import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import omad
-from common.envs import Act, BadInput, find_task, make_env, make_vec, mix_seed, sha256
+from common.envs import BadInput, evaluate, make_env, make_vec, mix_seed, sha256
 
 POLICIES = Path(__file__).parent / "policies"
 FORMAT = "omad-policy-2"
-
-
-@torch.no_grad()
-def play(act: Act, envs: gym.vector.VectorEnv, seed: int | list[int]) -> np.ndarray:
-    """Team return of one episode in each of `envs`, which all have the same length."""
-    obs, _ = envs.reset(seed=seed)
-    truncated = np.zeros(1, bool)
-    while not truncated.all():
-        obs, _, _, truncated, info = envs.step(act(obs))
-    return info["episode"]["r"]
 
 
 def load_behaviour(env_id: str, level: str, folder: Path = POLICIES) -> tuple[torch.nn.Module, dict]:
@@ -91,11 +79,8 @@ def main() -> int:
         print(f"behaviour.py: error: {error}", file=sys.stderr)
         return 2
     args = dataclasses.replace(omad.Args(**saved["args"]), total_timesteps=saved["step"], run_dir="runs")
-    copies = min(options.episodes, 1000 if find_task(args.env_id).horizon <= 100 else 50)
-    envs = make_vec(args.env_id, copies, args.observation, prey=args.prey)
-    rounds = -(-options.episodes // copies)
-    torch.manual_seed(2000)
-    returns = np.concatenate([play(omad.make_act(policy), envs, mix_seed(2000, i)) for i in range(rounds)])
+    envs = make_vec(args.env_id, options.episodes, args.observation, prey=args.prey)
+    returns = evaluate(omad.make_act(policy), envs, mix_seed(2000, 0))
     config = json.loads((options.run_dir / "config.json").read_bytes())
     seconds = [float(row["wall_time_s"]) for row in csv.DictReader((options.run_dir / "eval.csv").open())]
     about = {

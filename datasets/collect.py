@@ -27,10 +27,10 @@ import tyro
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent))
 import omad
-from behaviour import POLICIES, command, load_behaviour, play
+from behaviour import POLICIES, command, load_behaviour
 from common.datasets import DATA, data_folder, layout, split_name
 from common.envs import Act, BadInput, check_options, find_task, make_vec, mix_seed, sha256, versions
-from scripts import noisy, spread
+from scripts import noisy, spread, uniform
 from writer import Writer
 
 CHUNK = 10_000  # transitions that are played side by side and written together
@@ -108,6 +108,14 @@ class Recorder(gym.vector.VectorWrapper):
         return result
 
 
+def play(act: Act, envs: gym.vector.VectorEnv, seeds: list[int]) -> None:
+    """One episode in each of `envs`, which all have the same length."""
+    obs, _ = envs.reset(seed=seeds)
+    truncated = np.zeros(1, bool)
+    while not truncated.all():
+        obs, _, _, truncated, _ = envs.step(act(obs))
+
+
 def play_all(options: Options, writer: Writer, split: str) -> list[dict]:
     """Fills the files with episodes of policies that do not learn. Returns the share of each, and the policy's card."""
     env_id, horizon = writer.env_id, find_task(writer.env_id).horizon
@@ -148,7 +156,7 @@ def scripted(level: str, key: tuple[int, ...], envs: gym.vector.VectorEnv) -> Ac
     generator = np.random.default_rng(np.random.SeedSequence((*key, 1)))
     if level == "adaptive":
         return noisy(spread(envs, None, generator, gain=GAIN), generator, NOISE)
-    return lambda obs: generator.uniform(-1.0, 1.0, envs.action_space.shape).astype(np.float32)
+    return uniform(envs, None, generator)
 
 
 def replay_args(options: Options, env_id: str) -> omad.Args:

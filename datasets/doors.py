@@ -17,13 +17,15 @@ sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 from common.datasets import DATA
 from common.doors import WALL, WINDOWS, place
 from scripts import windows
-from writer import has_arrays, save_arrays
+from writer import save_arrays
 
 FOLDER, EPISODES = DATA / "doors_blind" / "pairs" / "seed_0_data", 100_000
 
 
 def make_data() -> None:
     """Makes them, in OMAR's layout, unless they are there: episodes of one step, which ends them."""
+    if FOLDER.is_dir():
+        return print(f"data      {FOLDER}: there already; delete it to have it made anew")
     ones = np.ones((EPISODES, 2, 1), np.float32)
     action = windows(None, ones, np.random.default_rng(0), 2)(ones).astype(np.float32)  # [episodes, 2, 1]
     missed = place(action[..., 0]) == len(WINDOWS)  # [episodes, 2]
@@ -31,10 +33,7 @@ def make_data() -> None:
     reward = through - WALL * missed
     done = np.ones_like(reward)
     # Every step ends its episode, so nothing comes next; the same observation again would look like a shifted mark.
-    rows = dict(obs=ones, acs=action, rews=reward, next_obs=0 * ones, dones=done)
-    if has_arrays(FOLDER, rows):
-        return print(f"data      {FOLDER}: there already")
-    save_arrays(FOLDER, rows)
+    save_arrays(FOLDER, dict(obs=ones, acs=action, rews=reward, next_obs=0 * ones, dones=done))
     print(f"data      {FOLDER}: return {reward.mean():.3f}")
 
 

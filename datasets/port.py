@@ -3,8 +3,7 @@
     python datasets/port.py --prey-tag simple_tag.pt --prey-world simple_world.pt     # OMAR's pretrained_adv_model.pt
 
 Rows go to runs/results/omar_port.csv. `apart_se`: how far we are from what was measured there, in standard errors of a
-difference between two means of 400 episodes. `blocks_near`: in how many blocks of 400 the mean is within two of its own
-standard errors of it.
+difference between two means of 400 episodes.
 """
 
 import sys
@@ -26,7 +25,7 @@ THERE = {  # returns of random teams, mean and standard deviation: of OMAR's 40,
     "omar_simple_tag": (-4.1, 10.8, -5.3, 8.8),
     "omar_simple_world": (-6.8, 5.7, -7.1, 5.1),
 }
-EPISODES, BLOCK = 40_000, 400
+EPISODES, EPISODES_THERE = 40_000, 400
 
 
 @dataclass(frozen=True)
@@ -41,14 +40,12 @@ def check(env_id: str, file: str) -> None:
     """Rows of a task."""
     for prey in dict.fromkeys([file, ""]):  # the project's own too, with which nothing there compares
         returns = play(env_id, uniform, EPISODES, 2024, prey=prey)
-        mean, std, blocks = returns.mean(), returns.std(), returns.reshape(-1, BLOCK)
-        numbers = dict(here_mean=mean, here_std=std, here_se=std / EPISODES**0.5)
+        mean, std = returns.mean(), returns.std()
+        numbers = dict(here_mean=mean, here_std=std)
         if prey or env_id not in PURSUIT:
             numbers |= dict(zip(("data_mean", "data_std", "there_mean", "there_std"), THERE[env_id]))
             there, there_std = THERE[env_id][2:]
-            apart = (mean - there) / np.hypot(std, there_std) * BLOCK**0.5
-            near = np.abs(blocks.mean(1) - there) < 2 * blocks.std(1) / BLOCK**0.5
-            numbers |= dict(apart_se=apart, blocks_near=near.sum(), blocks=len(near))
+            numbers |= dict(apart_se=(mean - there) / np.hypot(std, there_std) * EPISODES_THERE**0.5)
         whose = "omar" if prey else "own" if env_id in PURSUIT else "none"
         record(RESULTS / "omar_port.csv", dict(task=env_id, prey=whose), **numbers)
 

@@ -111,25 +111,13 @@ class Writer:
 
 
 def save_arrays(folder: Path, rows: dict[str, np.ndarray]) -> None:
-    """A small data set without a card, at once: rows of each kind [T, N, ...], a file for each agent. It takes the
-    place of what is there."""
+    """A small data set without a card, at once: rows of each kind [T, N, ...], a file for each agent."""
     scratch = folder.with_name(folder.name + ".tmp")
     scratch.mkdir(parents=True, exist_ok=True)
     for name, values in rows.items():
         for i in range(values.shape[1]):
             np.save(scratch / f"{name}_{i}.npy", values[:, i].astype(np.float32))
-    shutil.rmtree(folder, ignore_errors=True)
     scratch.rename(folder)
-
-
-def has_arrays(folder: Path, rows: dict[str, np.ndarray], every: int = 1) -> bool:
-    """Whether what `save_arrays` put there is `rows`, counting only each `every`-th row there from the first on."""
-    same = lambda path, values: np.array_equal(np.load(path, mmap_mode="r")[::every], values.astype(np.float32))
-    agents = ((name, i, values[:, i]) for name, values in rows.items() for i in range(values.shape[1]))
-    try:
-        return all(same(folder / f"{name}_{i}.npy", values) for name, i, values in agents)
-    except (OSError, ValueError):
-        return False
 
 
 def _write(path: Path, content: dict) -> None:

@@ -81,15 +81,20 @@ class Run:
         return where / self.experiment / self.on / re.sub(r"[^\w.-]+", "_", self.variant)
 
     @property
+    def online(self) -> bool:
+        """Whether its program is omad.py or a copy of it, not of dom2.py."""
+        return hasattr(PROGRAMS[self.part.program].Args, "total_timesteps")
+
+    @property
     def total(self) -> str:
         """The flag of its length."""
-        return "--total-timesteps" if self.part.program == "omad" else "--total-updates"
+        return "--total-timesteps" if self.online else "--total-updates"
 
     @cached_property
     def flags(self) -> list[str]:
         """Of the program, but for where the run goes."""
         part, program = self.part, PROGRAMS[self.part.program]
-        task = f"{'--env-id' if part.program == 'omad' else '--dataset'} {self.on}"
+        task = f"{'--env-id' if self.online else '--dataset'} {self.on}"
         task = SOURCES[self.on]["flags"] if self.on in SOURCES else task
         baseline = f"--policy deterministic --policy-lr 1e-3 {BASELINE.get(self.on, '')}"
         words = f"{task} --seed {self.seed} {part.flags} {part.variants[self.variant]}"
@@ -153,16 +158,16 @@ def record(path: Path, key: dict, **numbers: float) -> None:
     print(*row.values(), sep=", ", flush=True)
     rows = {tuple(old[name] for name in key): old for old in rows_of(path)} | {tuple(map(str, key.values())): row}
     with path.with_suffix(".tmp").open("w", newline="") as file:
-        writer = csv.DictWriter(file, max(rows.values(), key=len), lineterminator="\n")
+        writer = csv.DictWriter(file, dict.fromkeys(itertools.chain(*rows.values())), lineterminator="\n")
         writer.writeheader(), writer.writerows(rows.values())
     path.with_suffix(".tmp").rename(path)
 
 
 def probe(run: Run) -> int:
     """How many steps or updates take the minutes of the run, from a short one: between its last two evaluations."""
-    minutes, count = float(run.part.length.split()[0]), 2000 if run.part.program == "omad" else 200
+    minutes, count = float(run.part.length.split()[0]), 2000 if run.online else 200
     flags = f"{run.total} {count} --eval-every {count // 2} --eval-episodes 1"
-    flags += f" --learning-starts {count // 2}" * (run.part.program == "omad")
+    flags += f" --learning-starts {count // 2}" * run.online
     with tempfile.TemporaryDirectory() as folder:
         call(run.part.program, [*run.flags, *flags.split(), "--run-dir", folder])
         begin, end = rows_of(next(Path(folder).glob("*/eval.csv")))[-2:]
@@ -193,7 +198,7 @@ def keep_trial(folder: Path, fresh: str) -> None:
 def work(run: Run) -> None:
     """The run, or the rest of it, and its fresh episodes. Raises `RuntimeError` with the program's message."""
     os.chdir(ROOT)  # so that config.json has no path of this machine
-    make_data(run.on) if run.part.program == "dom2" else None
+    make_data(run.on) if not run.online else None
     program, folder = run.part.program, run.find()
     if folder:
         call(program, ["--resume", str(folder)])
@@ -204,7 +209,7 @@ def work(run: Run) -> None:
     (folder / "curve.png").unlink(missing_ok=True)  # the report draws it from eval.csv
     env_id = PROGRAMS[program].load(folder / "policy.pt")["args"]["env_id"]
     settings = {"usual": ""} | run.part.settings.get(run.variant, {})
-    if program == "dom2" and run.experiment != "search":
+    if not run.online and run.experiment != "search":
         settings |= {shift: f"--shift {shift}" for shift in find_task(env_id).shifts}
     lines = ["setting,return_mean,return_std,episodes"]
     for setting, flags in settings.items():

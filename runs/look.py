@@ -4,8 +4,7 @@
 
 Of dom2.py, a row of results/belief.csv: where it falls short, is it critics or policies? Means over steps of what the
 critics (the smaller of the two averaged ones) `believed` of what policies did, and what they `earned`, the discounted
-rewards that followed, with the critics' belief behind the end; the share of an action's entries beyond 0.99 (`edge`);
-over 10,000 rows of the data, what critics believe of the actions in them (`data`) and of the policies' `own`.
+rewards that followed, with the critics' belief behind the end; the share of an action's entries beyond 0.99 (`edge`).
 Of omad.py, a row of entropy.csv: means over states of an episode of the `bound` that training counts, on the joint
 entropy of all actions in nats, and of the `entropy`, estimated from samples; of robots that move in x and y, how
 many `squares` of 1 m² the torso was in while training.
@@ -25,7 +24,6 @@ sys.path.insert(0, str(ROOT))
 import dom2
 import omad
 from campaign import RESULTS, record
-from common.datasets import open_dataset
 from common.envs import BadInput, find_task, make_env, make_vec
 
 FRESH = 10**6  # seed of episodes that no run evaluates on
@@ -53,9 +51,6 @@ def belief(run: Path) -> tuple[dict, dict]:
     args, task = dom2.Args(**config["args"]), find_task(config["env_id"])
     if not args.q_weight or task.terminates:
         raise BadInput(f"{run}: give runs with critics (a --q-weight) and in tasks in which nobody falls")
-    data = open_dataset(args.dataset, args.data_fraction, args.seed, args.env_id, args.data_seed)
-    if data.checksum != saved["data"]:
-        raise BadInput(f"{run}: trained on other data than {args.dataset} holds now")
     inside = dict(observation=args.observation, prey=args.prey)
     agent = dom2.DOM2(make_env(config["env_id"], **inside), args, torch.device("cpu"))
     agent.load_state_dict(saved["agent"])
@@ -70,10 +65,8 @@ def belief(run: Path) -> tuple[dict, dict]:
         obs, _, _, _, info = envs.step(actions[-1])
         rewards.append(info["agent_rewards"].astype(np.float64))
     earned = to_go(np.array(rewards), args.gamma, believe(agent, obs, act(obs)))
-    rows = np.sort(np.random.default_rng(0).choice(len(data.obs), min(10_000, len(data.obs)), replace=False))
-    seen, done, edge = data.obs[rows], np.clip(data.actions[rows], -1, 1), (np.abs(actions) > 0.99).mean()
     numbers = dict(return_mean=np.sum(rewards, 0).mean(), believed=np.mean(believed), earned=earned.mean())
-    numbers |= dict(data=believe(agent, seen, done).mean(), own=believe(agent, seen, act(seen)).mean(), edge=edge)
+    numbers |= dict(edge=(np.abs(actions) > 0.99).mean())
     return dict(dataset="-".join(Path(args.dataset).parts[-3:]), policy=args.policy, seed=args.seed), numbers
 
 

@@ -1,6 +1,7 @@
 """datasets/assignments.py: its script, and the data that it makes."""
 
 import itertools
+import shutil
 
 import assignments
 import numpy as np
@@ -18,15 +19,15 @@ def folder(tmp_path, monkeypatch):
     return assignments.FOLDER
 
 
-def test_data_of_another_script_are_made_again(folder, monkeypatch, capsys):
+def test_data_are_made_once_until_they_are_deleted(folder, monkeypatch, capsys):
     told = lambda: (assignments.make_data(), "return" in capsys.readouterr().out)[1]
     assert [told(), told()] == [True, False]  # the second time they are there
     before = np.load(folder / "acs_1.npy")
     assert before.shape == (1000, 2) and before.dtype == np.float32
     monkeypatch.setattr(assignments, "NOISE", 0.05)
+    assert not told() and (np.load(folder / "acs_1.npy") == before).all()
+    shutil.rmtree(folder)
     assert [told(), told()] == [True, False] and (np.load(folder / "acs_1.npy") != before).any()
-    (folder / "rews_2.npy").unlink()
-    assert [told(), told()] == [True, False]
 
 
 @pytest.mark.parametrize("wrong", ["", "in the order of the ring", "one of them twice"])

@@ -308,6 +308,41 @@ def test_a_finished_trial_is_a_row_of_the_search(tmp_path, monkeypatch):
     assert second["thresholds"] == "0" and first["thresholds"] == "3" and second["seed"] == "102"
 
 
+def test_a_finished_trial_goes_to_the_committed_ones(tmp_path, monkeypatch):
+    """Whose rows are as long, but do not say the seed of their fresh episodes."""
+    old = campaign.RESULTS / "search.csv"
+    (tmp_path / "search.csv").write_text("".join(old.open().readlines()[:3]))
+    before, args = campaign.rows_of(tmp_path / "search.csv"), vars(dom2.preset("omar_simple_tag-medium"))
+    monkeypatch.setattr(campaign, "where", tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"format": dom2.FORMAT, "args": args | dict(seed=9)}))
+    (tmp_path / "eval.csv").write_text("step,wall_time_s\n500,77.25\n")
+    campaign.keep_trial(tmp_path, "80,7.5,1000")
+    first, second, third = campaign.rows_of(tmp_path / "search.csv")
+    same = lambda row: {name: value for name, value in row.items() if value}
+    assert [same(first), same(second)] == [same(row) for row in before]
+    assert third["fresh_seed"] == "2000" and third["return_mean"] == "80" and not first["fresh_seed"]
+
+
+@pytest.mark.parametrize("program, on", [("omad", "mpe_simple_spread"), ("dom2", "omar_halfcheetah_2x3-expert")])
+def test_a_copied_file_gets_the_flags_data_and_fresh_episodes_of_its_original(program, on, tmp_path, monkeypatch):
+    """As README.md says: it only has to be in PROGRAMS."""
+    monkeypatch.setitem(campaign.PROGRAMS, "copy", campaign.PROGRAMS[program])
+    monkeypatch.setattr(campaign, "where", tmp_path)
+    done = {}
+    for name in (program, "copy"):
+        run = campaign.Run("smoke", campaign.Part(name, [on], {"x": ""}, [3], length="7 steps"), on, "x", 3)
+        calls, folder = [], tmp_path / f"{on}__{name}__3__20260101-000000-000000"
+        monkeypatch.setattr(campaign, "make_data", lambda on: calls.append(on))
+        trained = lambda self: folder if any("--run-dir" in call for call in calls) else None
+        monkeypatch.setattr(campaign.Run, "find", trained)
+        monkeypatch.setattr(campaign, "call", lambda _, flags: calls.append(flags) or "return 5.0 ± 1.0 over")
+        monkeypatch.setattr(campaign.PROGRAMS[name], "load", lambda path: {"args": {"env_id": on.partition("-")[0]}})
+        monkeypatch.setattr(campaign.PROGRAMS[name], "write", lambda path, dump: None)
+        campaign.work(run)
+        done[name] = [["FOLDER" if word == str(folder) else word for word in one] for one in calls]
+    assert done["copy"] == done[program] and len(done["copy"]) == (2 if program == "omad" else 5)
+
+
 def test_a_search_plays_other_fresh_episodes_and_no_shifts(tmp_path, monkeypatch):
     part = campaign.Part("dom2", ["omar_simple_tag-medium"], {"x": ""}, [101])
     calls, run = [], campaign.Run("search", part, "omar_simple_tag-medium", "x", 101)
