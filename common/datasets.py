@@ -212,7 +212,7 @@ def open_dataset(source: str | Path, fraction=1.0, seed=0, env_id="", data_seed=
 
 
 def load_dataset(source: str | Path, fraction=1.0, seed=0, env_id="", data_seed=0) -> Dataset:
-    """Reads and checks a data set. Every file is read once, for its numbers and, if there is a card, its checksum.
+    """Reads and checks a data set.
 
     Args:
         source: a name, `<task>-<split>`, of data made here (`datasets/collect.py`); or the path of a folder.

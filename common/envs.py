@@ -5,7 +5,7 @@ and one reward, so that gymnasium's own vector environments, episode statistics 
 `find_task` says what `make_env` opens:
 
     mpe_<scenario>                     the cooperative scenarios of mpe2, and simple_adversary against a script
-    mamujoco_<scenario>_<partition>    any partition of any robot that gymnasium-robotics' MaMuJoCo knows
+    mamujoco_<scenario>_<partition>    the robots of gymnasium-robotics' MaMuJoCo
     omar_<scenario>                    the tasks in which OMAR's offline data were made (`common/omar.py`)
     doors_blind                        two agents who must mix several ways (`common/doors.py`)
 
@@ -167,7 +167,7 @@ TASKS |= {
 
 # --- Multi-Agent MuJoCo ---
 
-ROBOTS = {  # in gymnasium-robotics -> the partitions that listings show; of many segments, any agents x segments each
+ROBOTS = {  # in gymnasium-robotics -> its partitions; of many segments an example of any agents x segments each
     "Ant": ("2x4", "2x4d", "4x2"), "HalfCheetah": ("2x3", "6x1"), "Walker2d": ("2x3",), "Swimmer": ("2x1",),
     "Hopper": ("3x1",), "Humanoid": ("9|8",), "HumanoidStandup": ("9|8",), "Reacher": ("2x1",), "Pusher": ("3p",),
     "ManySegmentSwimmer": ("10x2",), "ManySegmentAnt": ("2x3",),

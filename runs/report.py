@@ -356,7 +356,7 @@ def verdicts() -> str:
     told = f"highest return in {best} of {len(SHIFTED)} settings; the paper: in 28"
     add("… and is best where the environment shifts", "yes" if best > 20 else "no", told, runs, "dom2")
     few, everything, runs = shares()[5][0], shares()[100][2], read("shares", SHARED, "dom2-5")
-    verdict, told = iqm(few) >= iqm(everything), f"{cell(few)}; baseline, all data: {cell(everything)}"
+    verdict, told = iqm(few) >= iqm(everything), f"{name(SHARED)}: {cell(few)}; baseline, all: {cell(everything)}"
     add("… and needs 5 % of the baseline's data", "yes" if verdict else "no", told, runs, "dom2")
     (ours, copies, other), runs = [fresh("modes", PAIRS, m) for m in METHODS], read("modes", PAIRS, "dom2")
     told = f"{cell(ours, 2)}; imitation {cell(copies, 2)}; baseline {cell(other, 2)}"
