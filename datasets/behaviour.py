@@ -65,7 +65,7 @@ class Options:
     level: Literal["medium", "expert"] = "expert"
     """what it will be called"""
     episodes: int = 1000
-    """episodes over which it is measured, with start states that no run evaluated on"""
+    """episodes over which it is measured, all side by side (robots: 200 will do), from start states of their own"""
     out: Path = POLICIES
     """folder that gets the two files"""
 

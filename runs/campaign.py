@@ -185,9 +185,9 @@ def make_data(on: str) -> None:
                 raise RuntimeError((made.stderr.strip() or "the data could not be made").splitlines()[-1])
 
 
-def keep_trial(folder: Path, fresh: str) -> None:
+def keep_trial(args: dict, folder: Path, fresh: str) -> None:
     """A run of the search, with the numbers of its fresh episodes, as a row of search.csv: what presets come from."""
-    args, seconds = dom2.load(folder / "config.json")["args"], rows_of(folder / "eval.csv")[-1]["wall_time_s"]
+    seconds = rows_of(folder / "eval.csv")[-1]["wall_time_s"]
     args["thresholds"] *= args["reweight"]
     key = {name: args[name] for name in ("dataset", "policy", *TRIED.split(), "total_updates", "seed")}
     numbers = dict(zip(("return_mean", "return_std", "episodes"), fresh.split(",")))
@@ -207,18 +207,18 @@ def work(run: Run) -> None:
         call(program, [*run.flags, *length, "--run-dir", os.path.relpath(run.place)])
     folder = run.find()
     (folder / "curve.png").unlink(missing_ok=True)  # the report draws it from eval.csv
-    env_id = PROGRAMS[program].load(folder / "policy.pt")["args"]["env_id"]
+    args = PROGRAMS[program].load(folder / "policy.pt")["args"]
     settings = {"usual": ""} | run.part.settings.get(run.variant, {})
     if not run.online and run.experiment != "search":
-        settings |= {shift: f"--shift {shift}" for shift in find_task(env_id).shifts}
+        settings |= {shift: f"--shift {shift}" for shift in find_task(args["env_id"]).shifts}
     lines = ["setting,return_mean,return_std,episodes"]
     for setting, flags in settings.items():
-        episodes = 1000 if find_task(env_id).horizon <= 100 else 50
+        episodes = 1000 if find_task(args["env_id"]).horizon <= 100 else 50
         flags += f" --seed {SEARCHED if run.experiment == 'search' else 1000} --eval-episodes {episodes} --device cpu"
         said = call(program, ["--evaluate", str(folder), *flags.split()])
         lines.append(",".join([setting, *re.search(r"return (\S+) ± (\S+) over", said).groups(), str(episodes)]))
     if run.experiment == "search":
-        keep_trial(folder, lines[1].partition(",")[2])
+        keep_trial(args, folder, lines[1].partition(",")[2])
     PROGRAMS[program].write(folder / "fresh.csv", lambda path: path.write_text("\n".join([*lines, ""])))
 
 

@@ -301,46 +301,64 @@ def test_a_finished_trial_is_a_row_of_the_search(tmp_path, monkeypatch):
         args = vars(dom2.preset("omar_simple_tag-medium")) | dict(seed=seed, reweight=reweight)
         (tmp_path / "config.json").write_text(json.dumps({"format": dom2.FORMAT, "args": args}))
         (tmp_path / "eval.csv").write_text("step,wall_time_s\n0,1.5\n500,77.25\n")
-        campaign.keep_trial(tmp_path, f"{80 + seed},7.5,1000")
+        campaign.keep_trial(args, tmp_path, f"{80 + seed},7.5,1000")
     first, second = campaign.rows_of(tmp_path / "search.csv")
     assert first["return_mean"] == "181" and first["seconds"] == "77.25" and first["episodes"] == "1000"
     assert first["q_weight"] == "0.2" and first["cql_weight"] == "16.0" and first["policy_hidden"] == "32"
     assert second["thresholds"] == "0" and first["thresholds"] == "3" and second["seed"] == "102"
 
 
-def test_a_finished_trial_goes_to_the_committed_ones(tmp_path, monkeypatch):
-    """Whose rows are as long, but do not say the seed of their fresh episodes."""
-    old = campaign.RESULTS / "search.csv"
-    (tmp_path / "search.csv").write_text("".join(old.open().readlines()[:3]))
-    before, args = campaign.rows_of(tmp_path / "search.csv"), vars(dom2.preset("omar_simple_tag-medium"))
+def test_a_finished_trial_goes_to_older_ones(tmp_path, monkeypatch):
+    """Whose rows are as long, but say something else; nothing of them is lost."""
     monkeypatch.setattr(campaign, "where", tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"format": dom2.FORMAT, "args": args | dict(seed=9)}))
     (tmp_path / "eval.csv").write_text("step,wall_time_s\n500,77.25\n")
-    campaign.keep_trial(tmp_path, "80,7.5,1000")
-    first, second, third = campaign.rows_of(tmp_path / "search.csv")
-    same = lambda row: {name: value for name, value in row.items() if value}
-    assert [same(first), same(second)] == [same(row) for row in before]
-    assert third["fresh_seed"] == "2000" and third["return_mean"] == "80" and not first["fresh_seed"]
+    args = vars(dom2.preset("omar_simple_tag-medium"))
+    campaign.keep_trial(args | dict(seed=9), tmp_path, "80,7.5,1000")
+    file = tmp_path / "search.csv"
+    file.write_text(file.read_text().replace("fresh_seed", "git_revision").replace(",2000\n", ",abc\n"))
+    (before,) = campaign.rows_of(file)
+    campaign.keep_trial(args | dict(seed=10), tmp_path, "81,7.5,1000")
+    old, new = campaign.rows_of(file)
+    assert old == before | {"fresh_seed": ""} and before["git_revision"] == "abc" and before["return_mean"] == "80"
+    assert new["fresh_seed"] == "2000" and new["return_mean"] == "81" and not new["git_revision"]
 
 
-@pytest.mark.parametrize("program, on", [("omad", "mpe_simple_spread"), ("dom2", "omar_halfcheetah_2x3-expert")])
-def test_a_copied_file_gets_the_flags_data_and_fresh_episodes_of_its_original(program, on, tmp_path, monkeypatch):
-    """As README.md says: it only has to be in PROGRAMS."""
-    monkeypatch.setitem(campaign.PROGRAMS, "copy", campaign.PROGRAMS[program])
+@pytest.mark.parametrize(
+    "program, on, experiment, count",
+    [
+        ("omad", "mpe_simple_spread", "smoke", 3),
+        ("dom2", "omar_halfcheetah_2x3-expert", "smoke", 6),
+        ("dom2", "omar_halfcheetah_2x3-expert", "search", 5),
+    ],
+)
+def test_a_copied_file_gets_what_its_original_gets(program, on, experiment, count, tmp_path, monkeypatch):
+    """Flags, data, a length in minutes, fresh episodes, trials: as README.md says, it only has to be in PROGRAMS."""
     monkeypatch.setattr(campaign, "where", tmp_path)
+    monkeypatch.setattr(campaign, "make_data", lambda on: calls.append([on]))
+    monkeypatch.setattr(campaign, "keep_trial", lambda args, *_: calls.append([args["env_id"]]))
+    monkeypatch.setattr(campaign.Run, "find", lambda self: folder if len(calls) > 1 + (program == "dom2") else None)
+
+    def call(name, flags):
+        calls.append(flags[: flags.index("--run-dir")] if "--run-dir" in flags else flags[2:])
+        if "--run-dir" in flags and {"200", "2000"} & {*flags}:  # to see how fast it is
+            there = Path(flags[-1], "run")
+            there.mkdir()
+            (there / "eval.csv").write_text("step,wall_time_s\n0,0\n10,1\n20,3\n")
+        return "return 5.0 ± 1.0 over"
+
+    monkeypatch.setattr(campaign, "call", call)
     done = {}
     for name in (program, "copy"):
-        run = campaign.Run("smoke", campaign.Part(name, [on], {"x": ""}, [3], length="7 steps"), on, "x", 3)
-        calls, folder = [], tmp_path / f"{on}__{name}__3__20260101-000000-000000"
-        monkeypatch.setattr(campaign, "make_data", lambda on: calls.append(on))
-        trained = lambda self: folder if any("--run-dir" in call for call in calls) else None
-        monkeypatch.setattr(campaign.Run, "find", trained)
-        monkeypatch.setattr(campaign, "call", lambda _, flags: calls.append(flags) or "return 5.0 ± 1.0 over")
-        monkeypatch.setattr(campaign.PROGRAMS[name], "load", lambda path: {"args": {"env_id": on.partition("-")[0]}})
-        monkeypatch.setattr(campaign.PROGRAMS[name], "write", lambda path, dump: None)
-        campaign.work(run)
-        done[name] = [["FOLDER" if word == str(folder) else word for word in one] for one in calls]
-    assert done["copy"] == done[program] and len(done["copy"]) == (2 if program == "omad" else 5)
+        original = vars(campaign.PROGRAMS[program])
+        own = dict(load=lambda path: {"args": {"env_id": on.partition("-")[0]}}, write=lambda path, dump: None)
+        monkeypatch.setitem(campaign.PROGRAMS, name, SimpleNamespace(**original | own))
+        calls, folder = [], tmp_path / name
+        folder.mkdir()
+        campaign.work(
+            campaign.Run(experiment, campaign.Part(name, [on], {"x": ""}, [3], length="1 minutes"), on, "x", 3)
+        )
+        done[name] = calls
+    assert done["copy"] == done[program] and len(calls) == count and "300" in calls[1 + (program == "dom2")]
 
 
 def test_a_search_plays_other_fresh_episodes_and_no_shifts(tmp_path, monkeypatch):
