@@ -542,7 +542,7 @@ def train(args: Args) -> None:
                 for name in ("return_mean", "return_std", "normalized_score"):
                     writer.add_scalar(f"eval/{name}", evaluations[-1][name], step)
                 scored = f", normalised {score:.1f}" if math.isfinite(score) else ""
-                bar.write(f"eval at update {step:,}: return {mean:.2f} ± {std:.2f}{scored}")
+                writer.flush(), bar.write(f"eval at update {step:,}: return {mean:.2f} ± {std:.2f}{scored}")
             if not all(value.isfinite().all() for value in agent.state_dict().values()):
                 raise FloatingPointError(f"update {step}: the networks have diverged")  # the last good checkpoint stays
             policy = config | dict(policy=agent.slow_policy.state_dict()) | evaluations[-1]

@@ -519,7 +519,7 @@ def train(args: Args, envs: gym.vector.VectorEnv | None = None) -> None:
                 mean, std, count = float(returns.mean()), float(returns.std()), len(returns)
                 evaluations += [dict(step=step, wall_time_s=seconds, return_mean=mean, return_std=std, episodes=count)]
                 writer.add_scalar("eval/return_mean", mean, step), writer.add_scalar("eval/return_std", std, step)
-                bar.write(f"eval at step {step:,}: return {mean:.2f} ± {std:.2f}")
+                writer.flush(), bar.write(f"eval at step {step:,}: return {mean:.2f} ± {std:.2f}")
             if not all(value.isfinite().all() for value in agent.state_dict().values()):
                 raise FloatingPointError(f"step {step}: the networks have diverged")  # the last good checkpoint stays
             policy = config | dict(policy=agent.policy.state_dict()) | evaluations[-1]

@@ -161,6 +161,22 @@ def test_a_run_killed_again_and_again_is_the_uninterrupted_one(program, start, m
     assert videos == [whole / "videos", run / "videos"]  # it is still wanted
 
 
+def test_evaluations_are_in_tensorboard_before_a_checkpoint_has_them(program, monkeypatch):
+    """Else a run killed right after the checkpoint would never write them: TensorBoard's writer works in a thread."""
+    order, write, writer = [], program.module.write, program.module.SummaryWriter
+    monkeypatch.setattr(program.module, "write", lambda path, dump: order.append(path.name) or write(path, dump))
+    for name in ("add_scalar", "flush"):
+        own = getattr(writer, name)
+        monkeypatch.setattr(writer, name, lambda *args, own=own: order.append((own.__name__, *args[1:2])) or own(*args))
+    assert program.call(*program.flags)[0] == 0
+    waiting, saved = set(), 0
+    for what in order:
+        waiting = set() if what == ("flush",) else waiting | {what[1]} if what[0] == "add_scalar" else waiting
+        saved += what == "checkpoint.pt"
+        assert what != "checkpoint.pt" or not {name for name in waiting if name.startswith("eval/")}
+    assert saved == 5 and any(what[1].startswith("eval/") for what in order if what[0] == "add_scalar")
+
+
 @pytest.mark.parametrize("decay", [True, False])
 def test_learning_rates_fall_along_half_a_cosine(decay, program, monkeypatch):
     rates, learner = [], omad.OMAD if program.name == "omad" else dom2.DOM2
