@@ -208,12 +208,13 @@ def work(run: Run) -> None:
     folder = run.find()
     (folder / "curve.png").unlink(missing_ok=True)  # the report draws it from eval.csv
     args = PROGRAMS[program].load(folder / "policy.pt")["args"]
+    task = find_task(args["env_id"])
     settings = {"usual": ""} | run.part.settings.get(run.variant, {})
     if not run.online and run.experiment != "search":
-        settings |= {shift: f"--shift {shift}" for shift in find_task(args["env_id"]).shifts}
+        settings |= {shift: f"--shift {shift}" for shift in task.shifts}
     lines = ["setting,return_mean,return_std,episodes"]
     for setting, flags in settings.items():
-        episodes = 1000 if find_task(args["env_id"]).horizon <= 100 else 50
+        episodes = 1000 if task.horizon <= 100 else 50
         flags += f" --seed {SEARCHED if run.experiment == 'search' else 1000} --eval-episodes {episodes} --device cpu"
         said = call(program, ["--evaluate", str(folder), *flags.split()])
         lines.append(",".join([setting, *re.search(r"return (\S+) ± (\S+) over", said).groups(), str(episodes)]))
