@@ -53,21 +53,16 @@ def play(env_id: str, controller, episodes: int, seed: int, **options: str) -> n
     return returns
 
 
-def measure(env_id: str) -> None:
-    """Rows of controllers.csv."""
-    episodes = 20 if env_id.startswith("mamujoco_") else 1000
-    for shift in ("", "fewer") if env_id == "omar_simple_spread_6" else ("",):
-        for name, controller in CONTROLLERS[env_id].items():
-            returns = play(env_id, controller, episodes, mix_seed(1000, 1), shift=shift)
-            key = dict(task=env_id, setting=shift or "usual", controller=name)
-            numbers = dict(return_mean=returns.mean(), return_std=returns.std(), episodes=episodes)
-            record(RESULTS / "controllers.csv", key, **numbers)
-
-
 def main(only: tuple[Literal[tuple(CONTROLLERS)], ...] = tuple(CONTROLLERS)) -> None:
     """Returns of controllers that learn nothing, on these tasks."""
     for env_id in only:
-        measure(env_id)
+        episodes = 20 if env_id.startswith("mamujoco_") else 1000
+        for shift in ("", "fewer") if env_id == "omar_simple_spread_6" else ("",):
+            for name, controller in CONTROLLERS[env_id].items():
+                returns = play(env_id, controller, episodes, mix_seed(1000, 1), shift=shift)
+                key = dict(task=env_id, setting=shift or "usual", controller=name)
+                numbers = dict(return_mean=returns.mean(), return_std=returns.std(), episodes=episodes)
+                record(RESULTS / "controllers.csv", key, **numbers)
 
 
 if __name__ == "__main__":

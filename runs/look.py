@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
+from scipy.signal import lfilter
 from scipy.spatial import KDTree
 from scipy.special import digamma, gammaln
 
@@ -39,10 +40,8 @@ def believe(agent: dom2.DOM2, obs: np.ndarray, action: np.ndarray) -> np.ndarray
 
 def to_go(rewards: np.ndarray, gamma: float, end: np.ndarray | float) -> np.ndarray:
     """Discounted sums of what follows: rewards [T, ...] and the value behind the last of them -> [T, ...]."""
-    result, following = np.zeros_like(rewards), end
-    for t in reversed(range(len(rewards))):
-        result[t] = following = rewards[t] + gamma * following
-    return result
+    behind = np.broadcast_to(gamma * end, rewards[:1].shape)
+    return lfilter([1], [1, -gamma], rewards[::-1], axis=0, zi=behind)[0][::-1]
 
 
 def belief(run: Path) -> tuple[dict, dict]:
