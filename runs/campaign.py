@@ -238,9 +238,7 @@ def here(todo: list[Run], jobs: int) -> Iterator[list[tuple[Run, str]]]:
             yield [(run, said[run] if process.returncode else "") for run, process in done.items()]
     finally:
         for process in running.values():
-            process.terminate()
-        for process in running.values():
-            process.wait()
+            process.terminate(), process.wait()
 
 
 def cluster(todo: list[Run], address: str, cpus: float, gpus: float) -> Iterator[list[tuple[Run, str]]]:
@@ -266,8 +264,7 @@ def cluster(todo: list[Run], address: str, cpus: float, gpus: float) -> Iterator
         except ray.exceptions.RayError as error:  # lost more often than it was retried
             return str(error).strip().splitlines()[-1]
 
-    folder = str(Path(__file__).parent.resolve())
-    futures = {remote.remote(folder, run.name, where): run for run in todo}
+    futures = {remote.remote(str(Path(__file__).parent.resolve()), run.name, where): run for run in todo}
     while futures:
         done, _ = ray.wait(list(futures), timeout=1)
         yield [(futures.pop(future), result(future)) for future in done]

@@ -5,9 +5,8 @@
 Of dom2.py, a row of results/belief.csv: where it falls short, is it critics or policies? Means over steps of what the
 critics (the smaller of the two averaged ones) `believed` of what policies did, and what they `earned`, the discounted
 rewards that followed, with the critics' belief behind the end; the share of an action's entries beyond 0.99 (`edge`).
-Of omad.py, a row of entropy.csv: means over states of an episode of the `bound` that training counts, on the joint
-entropy of all actions in nats, and of the `entropy`, estimated from samples; of robots that move in x and y, how
-many `squares` of 1 m² the torso was in while training.
+Of omad.py, a row of entropy.csv: means over an episode's states of the `bound` on the joint entropy that training
+counts, and of the `entropy` from samples, in nats; the `squares` of 1 m² that a robot's torso was in while it trained.
 """
 
 import sys

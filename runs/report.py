@@ -52,8 +52,7 @@ TIMED |= {"critic update": "critics' update", "act in 1": "one decision", "act i
 MARGINS = {MPE: 8, DOORS: 1.5}  # above standing still; in blind doors that is above the best policies with one mode
 CHAIN = {MPE: ("spread", 200_000), CHEETAH: ("robots", 30_000), WALKER: ("robots", 135_000), ANT: ("robots", 60_000)}
 CHAIN |= {"mamujoco_swimmer_2x1": ("others", 100_000)}  # which runs of the preset to compare with, after how many steps
-LEVELS = {MPE: -13.0, CHEETAH: 5300.0, WALKER: 4000.0}  # of HARL's HATD3: published.csv
-LEVELS |= dict.fromkeys((ANT, "mamujoco_ant_4x2"), 5400.0)
+LEVELS = {MPE: -13.0, CHEETAH: 5300.0, WALKER: 4000.0, ANT: 5400.0, "mamujoco_ant_4x2": 5400.0}  # HATD3: published.csv
 CPU = "One core of a shared two-core virtual machine (AMD EPYC), no GPU"  # of all runs that do not say their machine
 name = lambda key: NAMES.get(key, key)
 places = lambda task: 0 if task.startswith("mamujoco") else 2
@@ -121,11 +120,10 @@ def improvement(*cells: np.ndarray) -> np.ndarray:
     return np.mean([better(a, b) for a, b in zip(cells[: len(cells) // 2], cells[len(cells) // 2 :])], 0)
 
 
-def interval(*cells: np.ndarray, statistic: Callable = iqm) -> tuple[float, float]:
+def interval(*cells: np.ndarray, statistic: Callable = iqm) -> tuple[float, ...]:
     """Within which 95 % of the statistic lie, when seeds are drawn again within each cell."""
     rng = np.random.default_rng(0)
-    low, high = np.percentile(statistic(*(rng.choice(cell, (2000, len(cell))) for cell in cells)), [2.5, 97.5])
-    return low, high
+    return tuple(np.percentile(statistic(*(rng.choice(cell, (2000, len(cell))) for cell in cells)), [2.5, 97.5]))
 
 
 def welch(ours: np.ndarray, theirs: np.ndarray) -> str:
@@ -164,8 +162,7 @@ def plain(file: str, columns: dict[str, str], keep: Callable[[dict], bool] = lam
     """A table of the rows of a csv file: the heads of its columns, and formats of the values in them."""
     known, rows = NAMES | words, [row for row in rows_of(RESULTS / f"{file}.csv") if keep(row)]
     rows = [{key: known.get(value, value) for key, value in row.items()} for row in rows]
-    minus = lambda text: re.sub(r"(?<!\w)-(?=\d)", "−", text)
-    return table(columns, [[minus(form.format(**row)) for form in columns.values()] for row in rows])
+    return re.sub(r"(?<!\w)-(?=\d)", "−", table(columns, [[f.format(**row) for f in columns.values()] for row in rows]))
 
 
 def speed() -> str:
@@ -280,9 +277,8 @@ def dom2_summary() -> str:
 SHIFTED = [(dataset, shift) for dataset in DATA for shift in find_task(dataset.partition("-")[0]).shifts]
 against = lambda on, setting="usual": [welch(offline(on, setting)[0], other) for other in offline(on, setting)[1:]]
 best_of = lambda dataset, shift: max(METHODS, key=lambda m: iqm(fresh("offline", dataset, m, shift)))
-scores_of = lambda method: [normalize(d.partition("-")[0], fresh("offline", d, method)) for d in DATA]
 alike = lambda scores: [own[: min(map(len, scores))] for own in scores]  # the same number of seeds
-normalised = lambda method: alike(scores_of(method))
+normalised = lambda method: alike([normalize(d.partition("-")[0], fresh("offline", d, method)) for d in DATA])
 
 
 def dom2_shift() -> str:
@@ -376,7 +372,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "omad-coverage": lambda: plain("entropy", TRAINED | {
         "steps": "{total_timesteps:,.0f}", "squares of 1 m²": "{squares:,.0f}"}, lambda row: row["squares"]),
     "omad-doors": lambda: online("doors", DOORS), "omad-robots": lambda: online("robots", CHEETAH, WALKER, ANT),
-    "omad-ablations": lambda: compared("ablations", {CHEETAH: ("robots", 30_000), MPE: ("spread", 200_000)}),
+    "omad-ablations": lambda: compared("ablations", {task: CHAIN[task] for task in (CHEETAH, MPE)}),
     "omad-scripts": lambda: plain("controllers", CONTROLLER | {"episodes": "{episodes:,.0f}"},
                                   lambda row: not row["task"].startswith("omar")),
     "omad-published": lambda: plain("published", {"task": "{task}", "who": "{who}", "return": "{return_mean:,.0f}",
@@ -399,29 +395,46 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 # Figures ==============================================================================================================
-def curves(experiment: str, *tasks: str) -> Figure:
-    """Interquartile mean and interval over seeds against steps and against minutes, with yardsticks."""
-    figure = Figure(figsize=(10, 3.4 * len(tasks)), layout="constrained")
+def panels(rows: dict[str, list[tuple[str, dict[str, list[Result]]]]], width: int = 10) -> Figure:
+    """A row for each task: interquartile mean and interval over seeds of runs by label, against `step` or time."""
+    figure = Figure(figsize=(width, 3.4 * len(rows)), layout="constrained")
     scale = [(row["task"], row["controller"], row["return_mean"]) for row in rows_of(RESULTS / "controllers.csv")]
-    for task, pair in zip(tasks, figure.subplots(len(tasks), 2, sharey="row", squeeze=False)):
-        for axis, by, label in zip(pair, ("step", "wall_time_s"), ("thousand environment steps", "minutes")):
-            there = [(k, policy, read(experiment, task, policy)) for k, policy in enumerate(("diffusion", "gaussian"))]
-            for k, policy, runs in (known for known in there if known[2]):
-                returns = np.stack([run.curve["return_mean"] for run in runs])  # [seeds, evaluations]
-                x = np.mean([run.curve[by] for run in runs], 0) / (1000 if by == "step" else 60)
+    scale += [(task, f"HATD3 after {'200k' if task == MPE else '3M'} steps", level) for task, level in LEVELS.items()]
+    axes = figure.subplots(len(rows), len(next(iter(rows.values()))), sharey="row", squeeze=False)
+    for (task, row), beside in zip(rows.items(), axes):
+        for axis, (by, shown) in zip(beside, row):
+            for k, (label, runs) in enumerate((label, runs) for label, runs in shown.items() if runs):
+                kept = runs[0].curve["step"] <= min(run.curve["step"][-1] for own in shown.values() for run in own)
+                returns = np.stack([run.curve["return_mean"][kept] for run in runs])  # [seeds, evaluations]
+                x = np.mean([run.curve[by][kept] for run in runs], 0) / (1000 if by == "step" else 60)
                 low, high = zip(*(interval(values) for values in returns.T))
-                axis.plot(x, [iqm(values) for values in returns.T], f"C{k}", label=f"{name(policy)}, n = {len(runs)}")
+                axis.plot(x, [iqm(values) for values in returns.T], f"C{k}", label=f"{label}, n = {len(runs)}")
                 axis.fill_between(x, low, high, color=f"C{k}", alpha=0.2, lw=0)
-            hatd3 = (task, "HATD3 after 200k steps" if task == MPE else "HATD3 after 3M steps", LEVELS[task])
-            for who, level in [(who, level) for on, who, level in [*scale, hatd3] if on == task]:
+            for who, level in [(who, level) for on, who, level in scale if on == task]:
                 axis.axhline(level, color="grey", lw=0.8, ls=":")
                 place = dict(xycoords=("axes fraction", "data"), ha="right", va="top" if who == "random" else "bottom")
                 axis.annotate(who, (1, level), fontsize=7, **place)
-            axis.set(xlabel=label, title=name(task))
+            axis.set(xlabel="thousand environment steps" if by == "step" else "minutes", title=name(task))
             axis.grid(alpha=0.2)
-        pair[0].set(ylabel="team return", ylim=(None, max(0, pair[0].get_ylim()[1])))
-        pair[0].legend(fontsize=8, loc="upper left")
+            axis.legend(fontsize=7, loc="upper left")
+        beside[0].set(ylabel="team return", ylim=(None, max(0, beside[0].get_ylim()[1])))
     return figure
+
+
+def curves(experiment: str, *tasks: str) -> Figure:
+    """Of the two policies, against steps and against minutes."""
+    known = {task: {name(who): read(experiment, task, who) for who in ("diffusion", "gaussian")} for task in tasks}
+    return panels({task: [("step", runs), ("wall_time_s", runs)] for task, runs in known.items()})
+
+
+def ablation_curves() -> Figure:
+    """The preset beside variants of K, of the atoms, of the support, and of the rest."""
+    rows, known = {CHEETAH: [], MPE: []}, list(folders("ablations").items())
+    for task in rows:
+        for group in known[:4], known[4:7], known[7:9], known[9:]:
+            variants = {who: read("ablations", task, place) for who, place in group}
+            rows[task].append(("step", {"preset": read(CHAIN[task][0], task, "diffusion")} | variants))
+    return panels(rows, width=16)
 
 
 def doors_figure() -> Figure:
@@ -440,8 +453,7 @@ def offline_figure() -> Figure:
     figure = Figure(figsize=(11, 6.4), layout="constrained")
     for axis, task in zip(figure.subplots(2, 2).flat, (SPREAD, TAG, WORLD, ROBOT)):
         for i, dataset in enumerate(f"{task}-{split}" for split in SPLITS):
-            mean, label = data_return(dataset), None if i else "mean of the data"
-            axis.plot([i - 0.4, i + 0.4], [mean, mean], "k", lw=1, label=label)
+            axis.plot([i - 0.4, i + 0.4], [data_return(dataset)] * 2, "k", lw=1, label="" if i else "mean of the data")
             for k, (method, values) in enumerate(zip(METHODS, offline(dataset))):
                 x = i + 0.24 * (k - 1) + 0.04 * (np.arange(len(values)) - len(values) / 2 + 0.5)  # beside each other
                 axis.plot(x, values, f"C{k}o", ms=4, alpha=0.8, label=None if i else name(method))
@@ -463,8 +475,7 @@ def shift_figure() -> Figure:
                 ends = [iqm(fresh("offline", f"{task}-{split}", method, setting)) for setting in ("usual", shift)]
                 y = -i - 0.22 * (k - 1)
                 axis.plot(ends, [y, y], f"C{k}", lw=1.5, label=None if i else name(method))
-                axis.plot(ends[0], y, f"C{k}o", mfc="white", ms=5)
-                axis.plot(ends[1], y, f"C{k}o", ms=5)
+                axis.plot(ends[0], y, f"C{k}o", ends[1], y, f"C{k}o", ms=5)[0].set_markerfacecolor("white")
         axis.set_yticks(-np.arange(len(SPLITS)), SPLITS, fontsize=8)
         axis.set(title=f"{name(task)}: {shift}", xlabel="fresh return", xlim=(min(0, axis.get_xlim()[0]), None))
         axis.grid(axis="x", alpha=0.2)
@@ -487,6 +498,7 @@ finished = lambda of: ["runs/results/controllers.csv", *(f"runs/results/{of}/**/
 FIGURES: dict[str, tuple[Iterable[str], Callable]] = {  # picture -> the files that it shows, what draws it
     "runs/results/spread.png": (finished("spread"), lambda: curves("spread", MPE)),
     "runs/results/robots.png": (finished("robots"), lambda: curves("robots", CHEETAH, WALKER, ANT)),
+    "runs/results/ablations.png": ((*finished("ablations"), *finished("spread"), *finished("robots")), ablation_curves),
     "runs/results/doors.png": ((f"runs/policies/{DOORS}.pt",), doors_figure),
     "runs/results/offline.png": ([*finished("offline"), "datasets/cards/*.json"], offline_figure),
     "runs/results/shift.png": (finished("offline"), shift_figure),

@@ -82,8 +82,7 @@ class Bench:
 
     def __init__(self, options: Options):
         self.device, self.turns, self.output = omad.pick_device(options.device), options.turns, options.output
-        self.rows = [COLUMNS]
-        self.cuda = self.device.type == "cuda"
+        self.rows, self.cuda = [COLUMNS], self.device.type == "cuda"
         size, length = (8192, 2**28) if self.cuda else (1024, 2**24)
         a, b, out = torch.randn(3, size, size, device=self.device)
         x, y = torch.zeros(2, length, device=self.device)

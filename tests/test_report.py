@@ -158,6 +158,29 @@ def test_times_are_said_once_in_plain_words():
     assert not re.search("eager|_|omad|dom2|unet", " ".join(lines))
 
 
+def test_every_ablation_has_a_curve_as_long_as_it_and_the_preset_are(results, monkeypatch):
+    results["spread", "diffusion"] = results["robots", "diffusion"] = {"usual": (1, 2, 3)}
+    variants = report.folders("ablations")
+    results |= {("ablations", place): {"usual": (i, i, i)} for i, place in enumerate(variants.values())}
+    read = report.read
+
+    def longer(experiment, on, variant):
+        runs = read(experiment, on, variant)
+        for run in runs if variant == "diffusion" else ():
+            run.curve.update(step=ARRAY(0, 10, 20), return_mean=np.append(run.curve["return_mean"], 99))
+        return runs
+
+    monkeypatch.setattr(report, "read", longer)
+    axes = report.ablation_curves().axes
+    for task in (axes[:4], axes[4:]):
+        curves = [line for axis in task for line in axis.lines if "n = 3" in line.get_label()]
+        presets, others = curves[0].get_label(), [line for line in curves if not line.get_label().startswith("preset")]
+        assert presets == "preset, n = 3" and len(curves) == len(others) + 4
+        assert [line.get_label() for line in others] == [f"{name}, n = 3" for name in variants]
+        assert [line.get_ydata().tolist() for line in others] == [[0, i] for i in range(len(variants))]
+        assert curves[0].get_ydata().tolist() == [0, 2] and curves[0].get_xdata().tolist() == [0, 0.01]
+
+
 def test_pictures_show_what_is_there(results):
     results["spread", "diffusion"], results["spread", "gaussian"] = {"usual": (1, 2, 3)}, {"usual": (7, 8, 9)}
     left, right = report.curves("spread", report.MPE).axes
